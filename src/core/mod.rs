@@ -1,0 +1,3 @@
+//! The pure part: no I/O, no clock, no randomness, no tokio.
+
+pub mod names;

@@ -1,0 +1,3 @@
+//! The mesh's NATS: configuration, bootstrap, keys, streams. Invariant: knows no SQL.
+
+pub mod link;

@@ -1,0 +1,4 @@
+//! litemesh keeps SQLite files the same on every host, over a bundled NATS cluster.
+
+pub mod core;
+pub mod fabric;

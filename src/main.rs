@@ -1,0 +1,3 @@
+//! The `litemesh` command.
+
+fn main() {}

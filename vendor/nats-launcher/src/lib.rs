@@ -1,0 +1,1 @@
+//! Carries a pinned nats-server and runs it.
