@@ -1,3 +1,12 @@
 //! The pure part: no I/O, no clock, no randomness, no tokio.
 
+pub mod capture;
+pub mod frame;
+pub mod merge;
+pub mod message;
 pub mod names;
+pub mod schema;
+pub mod sqltext;
+pub mod value;
+pub mod vector;
+pub mod version;

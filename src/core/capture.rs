@@ -1,0 +1,222 @@
+//! The triggers and tables that litemesh puts into an application's file. Invariant: they work in any connection:
+//! no extension, `trusted_schema=OFF`, and nothing newer than SQLite 3.8.2.
+
+use super::schema::{Affinity, KeyKind, MASK_BITS, Table};
+use super::sqltext::{ident, list, with_row};
+
+/// What everything of ours in a file is called.
+pub const PREFIX: &str = "__litemesh_";
+/// The format of our tables in a file.
+pub const FILE_FORMAT: i64 = 1;
+
+/// A row was inserted.
+pub const OP_INSERT: i64 = 1;
+/// Columns of a row were changed: those in the mask.
+pub const OP_UPDATE: i64 = 2;
+/// A row was deleted.
+pub const OP_DELETE: i64 = 3;
+/// A row may have been displaced by REPLACE, for which no trigger fires.
+pub const OP_SUSPECT: i64 = 4;
+
+/// Our tables that do not depend on the application's.
+pub const TABLES: &str = "
+CREATE TABLE IF NOT EXISTS __litemesh_meta(key TEXT PRIMARY KEY, value) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS __litemesh_clock(id INTEGER PRIMARY KEY, hlc INTEGER NOT NULL, lsn INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS __litemesh_site(idx INTEGER PRIMARY KEY, site INTEGER NOT NULL UNIQUE,
+  n INTEGER NOT NULL, hlc INTEGER NOT NULL, id INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS __litemesh_peer(site INTEGER PRIMARY KEY, lsn INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS __litemesh_table(id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
+CREATE TABLE IF NOT EXISTS __litemesh_column(tbl INTEGER NOT NULL, pos INTEGER NOT NULL, name TEXT NOT NULL,
+  PRIMARY KEY(tbl, pos)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS __litemesh_log(seq INTEGER PRIMARY KEY, tbl, op, ms, m0, k0);
+CREATE TABLE IF NOT EXISTS __litemesh_conflicts(id BLOB PRIMARY KEY, tbl TEXT NOT NULL, key TEXT NOT NULL,
+  kind TEXT NOT NULL, loser TEXT NOT NULL, winner_version TEXT NOT NULL, loser_version TEXT NOT NULL,
+  at_ms INTEGER NOT NULL) WITHOUT ROWID;
+";
+
+/// The name of the table that holds the row states of `table`.
+pub fn state_table(table: &Table) -> String {
+    format!("{PREFIX}state_{}", table.id)
+}
+
+/// The table of row states, and its index by lsn.
+pub fn create_state_table(table: &Table) -> String {
+    let name = state_table(table);
+    let rest =
+        "bh INTEGER NOT NULL, bs INTEGER NOT NULL, dh INTEGER, ds INTEGER, cols BLOB, lsn INTEGER NOT NULL";
+    let body = if table.key_kind == KeyKind::Declared {
+        let key = table.key.iter().enumerate();
+        let columns =
+            list(key.clone(), |(i, k)| format!("k{i} {} COLLATE {}", k.affinity.sql(), ident(&k.collation)));
+        format!("({columns}, {rest}, PRIMARY KEY({})) WITHOUT ROWID", list(key, |(i, _)| format!("k{i}")))
+    } else {
+        format!("(k0 INTEGER PRIMARY KEY, {rest})")
+    };
+    format!("CREATE TABLE IF NOT EXISTS {name}{body};\nCREATE INDEX IF NOT EXISTS {name}_lsn ON {name}(lsn);")
+}
+
+/// The triggers of one table: name and text.
+pub fn triggers(table: &Table) -> Vec<(String, String)> {
+    let mut out = vec![insert_trigger(table), delete_trigger(table), key_trigger(table)];
+    if !table.columns.is_empty() {
+        out.push(update_trigger(table));
+    }
+    if !table.uniques.is_empty() {
+        out.extend(displace_triggers(table));
+    }
+    out
+}
+
+fn trigger_name(table: &Table, what: &str) -> String {
+    format!("{PREFIX}{what}_{}", table.id)
+}
+
+/// `julianday` is in every SQLite and cheap; absorb makes milliseconds of it.
+const NOW: &str = "julianday('now')";
+
+fn append(table: &Table, op: i64, row: &str) -> String {
+    let columns = list(0..table.key.len(), |i| format!("k{i}"));
+    let values = list(&table.key, |k| format!("{row}.{}", k.sql));
+    format!("INSERT INTO {PREFIX}log(tbl, op, ms, {columns}) VALUES({}, {op}, {NOW}, {values});", table.id)
+}
+
+fn insert_trigger(table: &Table) -> (String, String) {
+    let name = trigger_name(table, "i");
+    let sql = format!(
+        "CREATE TRIGGER {name} AFTER INSERT ON {} BEGIN {} END",
+        ident(&table.name),
+        append(table, OP_INSERT, "NEW")
+    );
+    (name, sql)
+}
+
+fn delete_trigger(table: &Table) -> (String, String) {
+    let name = trigger_name(table, "d");
+    let sql = format!(
+        "CREATE TRIGGER {name} AFTER DELETE ON {} BEGIN {} END",
+        ident(&table.name),
+        append(table, OP_DELETE, "OLD")
+    );
+    (name, sql)
+}
+
+/// A change of the key: the old row is gone, the new one was inserted. It costs other updates nothing.
+fn key_trigger(table: &Table) -> (String, String) {
+    let name = trigger_name(table, "k");
+    let mut columns: Vec<String> = table.key.iter().map(|k| k.sql.clone()).collect();
+    if table.key_kind != KeyKind::Declared {
+        columns.extend(["rowid", "_rowid_", "oid"].map(str::to_owned));
+        columns.dedup();
+    }
+    let changed: Vec<_> =
+        table.key.iter().map(|k| format!("OLD.{0} IS NOT NEW.{0} COLLATE BINARY", k.sql)).collect();
+    let sql = format!(
+        "CREATE TRIGGER {name} AFTER UPDATE OF {} ON {} WHEN {} BEGIN {} {} END",
+        columns.join(", "),
+        ident(&table.name),
+        changed.join(" OR "),
+        append(table, OP_DELETE, "OLD"),
+        append(table, OP_INSERT, "NEW")
+    );
+    (name, sql)
+}
+
+/// Whether a column's value changed. `IS NOT` follows collations and calls 1 and 1.0 the same, so the comparison is
+/// made binary, and types are compared where the column can hold different ones.
+fn column_changed(name: &str, affinity: Affinity) -> String {
+    let c = ident(name);
+    let differs = format!("OLD.{c} IS NOT NEW.{c} COLLATE BINARY");
+    let zero = format!("(NEW.{c} = 0 AND typeof(NEW.{c}) = 'real')");
+    match affinity {
+        Affinity::Blob => format!("({differs} OR typeof(OLD.{c}) IS NOT typeof(NEW.{c}) OR {zero})"),
+        _ => format!("({differs})"),
+    }
+}
+
+fn update_trigger(table: &Table) -> (String, String) {
+    let name = trigger_name(table, "u");
+    let mut masks = vec![Vec::new(); table.mask_count()];
+    for c in &table.columns {
+        let (word, bit) = (c.id as usize / MASK_BITS, c.id as usize % MASK_BITS);
+        let changed = column_changed(&c.name, c.affinity);
+        masks[word].push(if bit == 0 { changed } else { format!("({changed} << {bit})") });
+    }
+    let mask_columns = list(0..masks.len(), |i| format!("m{i}"));
+    let mask_values = list(&masks, |m| if m.is_empty() { "0".to_owned() } else { m.join(" | ") });
+    let key_columns = list(0..table.key.len(), |i| format!("k{i}"));
+    let key_values = list(&table.key, |k| format!("NEW.{}", k.sql));
+    let sql = format!(
+        "CREATE TRIGGER {name} AFTER UPDATE ON {} BEGIN INSERT INTO {PREFIX}log(tbl, op, ms, {mask_columns}, \
+         {key_columns}) VALUES({}, {OP_UPDATE}, {NOW}, {mask_values}, {key_values}); END",
+        ident(&table.name),
+        table.id
+    );
+    (name, sql)
+}
+
+/// REPLACE removes rows that hold a unique value without firing a delete trigger: note them before it does.
+fn displace_triggers(table: &Table) -> Vec<(String, String)> {
+    let columns: Vec<&str> = (table.columns.iter().map(|c| c.name.as_str()))
+        .chain(table.key.iter().map(|k| k.name.as_str()))
+        .chain(table.generated.iter().map(String::as_str))
+        .collect();
+    let key_columns = list(0..table.key.len(), |i| format!("k{i}"));
+    let key_values = list(&table.key, |k| format!("t.{}", k.sql));
+    let notes: String = (table.uniques.iter())
+        .map(|unique| {
+            let equal: Vec<String> = (unique.terms.iter())
+                .map(|t| format!("{} = {}", with_row(t, &columns, "t"), with_row(t, &columns, "NEW")))
+                .chain(unique.condition.iter().map(|c| format!("({})", with_row(c, &columns, "t"))))
+                .chain(unique.condition.iter().map(|c| format!("({})", with_row(c, &columns, "NEW"))))
+                .collect();
+            format!(
+                "INSERT INTO {PREFIX}log(tbl, op, ms, {key_columns}) SELECT {}, {OP_SUSPECT}, {NOW}, {key_values} \
+                 FROM {} AS t WHERE {};",
+                table.id,
+                ident(&table.name),
+                equal.join(" AND ")
+            )
+        })
+        .collect();
+    let exists = |row: &str| {
+        let same = table.key.iter().map(|k| format!("t.{0} IS {row}.{0}", k.sql)).collect::<Vec<_>>();
+        (table.uniques.iter())
+            .map(|unique| {
+                let equal = (unique.terms.iter())
+                    .map(|t| format!("{} = {}", with_row(t, &columns, "t"), with_row(t, &columns, "NEW")));
+                let equal: Vec<_> = equal.collect();
+                format!(
+                    "EXISTS(SELECT 1 FROM {} AS t WHERE {} AND NOT ({}))",
+                    ident(&table.name),
+                    equal.join(" AND "),
+                    same.join(" AND ")
+                )
+            })
+            .collect::<Vec<_>>()
+            .join(" OR ")
+    };
+    let (before_insert, before_update) = (trigger_name(table, "ri"), trigger_name(table, "ru"));
+    let on = ident(&table.name);
+    // Plain indexes can only be met by an update that names their columns.
+    let plain = table.uniques.iter().map(|u| u.columns.as_ref().filter(|_| u.condition.is_none()));
+    let of = match plain.collect::<Option<Vec<_>>>() {
+        Some(columns) => format!(" OF {}", list(columns.into_iter().flatten(), |c| ident(c))),
+        None => String::new(),
+    };
+    vec![
+        (
+            before_insert.clone(),
+            format!(
+                "CREATE TRIGGER {before_insert} BEFORE INSERT ON {on} WHEN {} BEGIN {notes} END",
+                exists("NEW")
+            ),
+        ),
+        (
+            before_update.clone(),
+            format!(
+                "CREATE TRIGGER {before_update} BEFORE UPDATE{of} ON {on} WHEN {} BEGIN {notes} END",
+                exists("OLD")
+            ),
+        ),
+    ]
+}
