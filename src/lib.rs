@@ -2,4 +2,5 @@
 
 pub mod core;
 pub mod fabric;
+pub mod replica;
 pub mod sqlite;

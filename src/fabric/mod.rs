@@ -1,3 +1,4 @@
 //! The mesh's NATS: configuration, bootstrap, keys, streams. Invariant: knows no SQL.
 
 pub mod link;
+pub mod memory;

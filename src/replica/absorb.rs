@@ -1,0 +1,253 @@
+//! Absorb: the log becomes row states and one numbered commit. Invariant: all of the log in one transaction, values
+//! read in the same one; so a commit is whole transactions, as they are in the file at that moment.
+
+use std::sync::Arc;
+
+use super::body::Body;
+use super::plan::Plan;
+use super::rows::RowWriter;
+use super::store::Store;
+use super::{ReplicaError, Result};
+use crate::core::capture::{OP_DELETE, OP_INSERT, OP_SUSPECT, OP_UPDATE};
+use crate::core::merge::RowState;
+use crate::core::message::CommitHeader;
+use crate::core::schema::MASK_BITS;
+use crate::core::value::{Value, ValueRef};
+use crate::core::vector::Point;
+use crate::core::version::{SiteId, Version};
+use crate::sqlite::value::get;
+
+/// A commit of this file: on the disk when its transaction is, and ready to be sent then.
+pub struct OwnCommit {
+    /// The site whose feed it continues.
+    pub site: SiteId,
+    /// What stands before the rows.
+    pub header: CommitHeader,
+    /// Blocks: frames of rows.
+    pub body: Body,
+}
+
+/// A julian day's milliseconds since 1970.
+fn julian_ms(day: f64) -> Option<u64> {
+    let ms = (day - 2_440_587.5) * 86_400_000.0;
+    (ms.is_finite() && ms >= 0.0).then(|| ms.round() as u64)
+}
+
+impl Store {
+    /// Absorbs what the application wrote, in a transaction of its own; `None` if there was nothing to tell.
+    pub fn absorb(&mut self) -> Result<Option<OwnCommit>> {
+        self.write(Self::absorb_pending)
+    }
+
+    /// Absorbs within the transaction at hand: every transaction of ours begins with this.
+    pub(super) fn absorb_pending(&mut self) -> Result<Option<OwnCommit>> {
+        self.refresh_schema(false)?;
+        let last = "SELECT seq, ms FROM __litemesh_log ORDER BY seq DESC LIMIT 1";
+        let mut statement = self.conn.prepare_cached(last)?;
+        let mut rows = statement.query([])?;
+        let Some(row) = rows.next()? else { return Ok(None) };
+        let (max_seq, day) = (row.get::<_, i64>(0)?, row.get::<_, f64>(1).ok());
+        drop(rows);
+        drop(statement);
+        let hlc = self.head.hlc.tick(day.and_then(julian_ms).unwrap_or(0));
+        let version = Version { hlc, site: self.head.site };
+        let base = self.head.lsn;
+        for (plan, only_inserts) in self.logged_tables()? {
+            if only_inserts {
+                self.absorb_inserts(&plan, version, max_seq)?;
+            } else {
+                self.absorb_mixed(&plan, version)?;
+            }
+        }
+        self.conn.prepare_cached("DELETE FROM __litemesh_log")?.execute([])?;
+        let (body, rows) = self.gather(version, base)?;
+        if rows == 0 {
+            self.save_clock()?;
+            return Ok(None);
+        }
+        self.head.hlc = hlc;
+        self.save_clock()?;
+        self.number(version, body, rows).map(Some)
+    }
+
+    /// The tables in the log, and whether all they have there is inserts.
+    fn logged_tables(&mut self) -> Result<Vec<(Arc<Plan>, bool)>> {
+        let sql = "SELECT tbl, min(op) = 1 AND max(op) = 1 FROM __litemesh_log GROUP BY tbl";
+        let mut statement = self.conn.prepare_cached(sql)?;
+        let rows = statement.query_map([], |r| Ok((r.get::<_, i64>(0)?, r.get::<_, bool>(1)?)))?;
+        let mut tables = Vec::new();
+        for row in rows {
+            let (id, only_inserts) = row?;
+            // Rows of a table that is gone have nothing left to say.
+            if let Some(plan) = self.plans.iter().find(|p| p.table.id == id) {
+                tables.push((plan.clone(), only_inserts));
+            }
+        }
+        Ok(tables)
+    }
+
+    fn absorb_inserts(&mut self, plan: &Plan, version: Version, max_seq: i64) -> Result<()> {
+        let site = self.sites.index(&self.conn, version.site)?;
+        let params = (version.hlc.0 as i64, site, self.head.lsn, plan.table.id);
+        let mut statement = self.conn.prepare_cached(&plan.absorb_inserts)?;
+        statement.execute(params)?;
+        drop(statement);
+        self.head.lsn += max_seq;
+        if plan.table.key.iter().any(|k| k.nullable) {
+            self.count_null_keys(plan)?;
+        }
+        Ok(())
+    }
+
+    fn count_null_keys(&mut self, plan: &Plan) -> Result<()> {
+        let nulls =
+            (0..plan.table.key.len()).map(|i| format!("k{i} IS NULL")).collect::<Vec<_>>().join(" OR ");
+        let sql = format!("SELECT count(*) FROM __litemesh_log WHERE tbl = ?1 AND ({nulls})");
+        let count: i64 = self.conn.prepare_cached(&sql)?.query_row([plan.table.id], |r| r.get(0))?;
+        self.null_keys += count as u64;
+        Ok(())
+    }
+
+    fn absorb_mixed(&mut self, plan: &Plan, version: Version) -> Result<()> {
+        let Self { conn, sites, head, .. } = self;
+        let mut statement = conn.prepare_cached(&plan.log)?;
+        let mut rows = statement.query([plan.table.id])?;
+        let keys = plan.table.key.len();
+        while let Some(row) = rows.next()? {
+            let key = (1..=keys).map(|i| get(row, i)).collect::<rusqlite::Result<Vec<_>>>()?;
+            if key.iter().any(|k| matches!(k, ValueRef::Null)) {
+                self.null_keys += 1;
+                continue;
+            }
+            let op: i64 = row.get(0)?;
+            let columns = || -> rusqlite::Result<Vec<u32>> {
+                let masks = (0..plan.table.mask_count()).map(|i| row.get::<_, Option<i64>>(1 + keys + i));
+                let masks = masks.collect::<rusqlite::Result<Vec<_>>>()?;
+                let changed = |c: &u32| {
+                    let mask = masks.get(*c as usize / MASK_BITS).copied().flatten().unwrap_or(0);
+                    mask & (1 << (*c as usize % MASK_BITS)) != 0
+                };
+                Ok(plan.table.columns.iter().map(|c| c.id).filter(changed).collect())
+            };
+            if op == OP_SUSPECT && row_exists(conn, plan, &key)? {
+                continue;
+            }
+            let before = sites.get(conn, plan, &key)?;
+            let after = step(before.as_ref(), op, version, &columns()?);
+            if let Some(after) = after.filter(|a| Some(a) != before.as_ref()) {
+                head.lsn += 1;
+                sites.put(conn, plan, &key, &after, head.lsn)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads every row whose state changed after `base` into a body.
+    fn gather(&mut self, version: Version, base: i64) -> Result<(Body, u64)> {
+        let upto = self.head.lsn;
+        let mut body = Body::new(&self.spool_dir);
+        let mut writer = RowWriter::new(version);
+        let plans = self.plans.clone();
+        for plan in plans.iter() {
+            let mut wrong = Vec::new();
+            let Self { conn, sites, .. } = self;
+            writer.each_changed(conn, sites, plan, (base, upto), |writer, row| {
+                // The values decide: a row that REPLACE displaced is gone whatever the log says.
+                if row.present == row.state.dead.is_some() {
+                    row.state = match row.present {
+                        true => RowState::born(version),
+                        false => RowState { dead: Some(version), ..RowState::born(row.state.birth) },
+                    };
+                    wrong.push((
+                        row.key.iter().map(|k| k.to_value()).collect::<Vec<Value>>(),
+                        row.state.clone(),
+                    ));
+                }
+                writer.push(row);
+                writer.flush_if_full(&mut body)
+            })?;
+            for (key, state) in wrong {
+                let key: Vec<ValueRef<'_>> = key.iter().map(Value::as_ref).collect();
+                let lsn = self.next_lsn();
+                self.sites.put(&self.conn, plan, &key, &state, lsn)?;
+            }
+        }
+        let rows = writer.rows();
+        writer.flush(&mut body)?;
+        Ok((body, rows))
+    }
+
+    /// Gives the commit its number.
+    fn number(&mut self, version: Version, body: Body, rows: u64) -> Result<OwnCommit> {
+        let site = self.head.site;
+        let before = self.head.vector.0.get(&site).copied();
+        let (from, prev) = before.map_or((0, 0), |p| (p.n, p.id));
+        let id = rand::random::<u64>() >> 1;
+        let others = self.head.vector.0.iter().filter(|(s, _)| **s != site);
+        let seen = others.map(|(s, p)| (*s, p.n, p.hlc)).collect();
+        self.raise(site, Point { n: from + 1, hlc: version.hlc, id })?;
+        let header = CommitHeader { from, to: from + 1, id, prev, hlc: version.hlc, seen, rows };
+        Ok(OwnCommit { site, header, body })
+    }
+}
+
+/// What one entry of the log makes of a row's state; `None` if nothing.
+fn step(before: Option<&RowState>, op: i64, version: Version, columns: &[u32]) -> Option<RowState> {
+    match op {
+        OP_INSERT => Some(RowState::born(version)),
+        OP_UPDATE if columns.is_empty() => None,
+        OP_UPDATE => {
+            let mut state = before.cloned().unwrap_or(RowState::ADOPTED);
+            if state.dead.is_some() {
+                return Some(RowState::born(version));
+            }
+            if state.birth != version {
+                state.columns.extend(columns.iter().map(|c| (*c, version)));
+            }
+            Some(state)
+        }
+        OP_DELETE | OP_SUSPECT => {
+            let birth = before.map_or(Version::ZERO, |s| s.birth);
+            let dead = before.and_then(|s| s.dead).unwrap_or(version);
+            Some(RowState { dead: Some(dead), ..RowState::born(birth) })
+        }
+        // Another release's entry: nothing is known of the row but that something happened to it.
+        _ => None,
+    }
+}
+
+fn row_exists(conn: &rusqlite::Connection, plan: &Plan, key: &[ValueRef<'_>]) -> Result<bool, ReplicaError> {
+    Ok(conn.prepare_cached(&plan.select_row)?.exists(rusqlite::params_from_iter(key))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::version::Hlc;
+
+    fn at(h: u64) -> Version {
+        Version { hlc: Hlc(h), site: SiteId(1) }
+    }
+
+    #[test]
+    fn a_days_milliseconds_are_exact() {
+        assert_eq!(julian_ms(2_440_587.5), Some(0));
+        assert_eq!(julian_ms(2_461_367.126_417_88), Some(1_795_273_322_505));
+        assert_eq!(julian_ms(f64::NAN), None);
+        assert_eq!(julian_ms(-5.0), None);
+    }
+
+    #[test]
+    fn an_update_in_the_commit_that_inserted_the_row_says_nothing_new() {
+        let born = step(None, OP_INSERT, at(5), &[]).unwrap();
+        assert_eq!(step(Some(&born), OP_UPDATE, at(5), &[1]), Some(born));
+    }
+
+    #[test]
+    fn a_row_deleted_and_inserted_again_is_a_new_incarnation() {
+        let old = RowState::born(at(1));
+        let dead = step(Some(&old), OP_DELETE, at(5), &[]).unwrap();
+        assert_eq!(dead.dead, Some(at(5)));
+        assert_eq!(step(Some(&dead), OP_INSERT, at(5), &[]), Some(RowState::born(at(5))));
+    }
+}

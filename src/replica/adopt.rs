@@ -1,0 +1,274 @@
+//! Adopting a file: our tables and triggers in it, kept right while the application changes its schema, and removed
+//! without a trace. Invariant: nothing of the application's is touched.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex};
+
+use rusqlite::config::DbConfig;
+use rusqlite::hooks::{AuthAction, AuthContext, Authorization};
+use rusqlite::{Connection, OptionalExtension};
+
+use super::plan::Plan;
+use super::store::Store;
+use super::{ReplicaError, Result};
+use crate::core::capture::{
+    FILE_FORMAT, OP_DELETE, OP_INSERT, PREFIX, TABLES, create_state_table, state_table, triggers,
+};
+use crate::core::schema::{KeyKind, Table};
+use crate::core::sqltext::{ident, list, trigger_body};
+use crate::core::version::SiteId;
+use crate::sqlite::introspect::{self, AppTrigger, Schema};
+
+/// The prefix of TEMP triggers that stand in for the application's on our connection.
+const TEMP_PREFIX: &str = "__litemesh_temp_";
+
+/// Whether the file has litemesh's tables.
+pub fn is_adopted(conn: &Connection) -> rusqlite::Result<bool> {
+    let sql = "SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = '__litemesh_meta'";
+    Ok(conn.query_row(sql, [], |_| Ok(())).optional()?.is_some())
+}
+
+/// Puts our tables into a file that has none, as the site `site` of the lineage `lineage`. Rows that are there get
+/// the zero version. The caller has begun a write transaction; triggers follow when the file is opened as a
+/// [`Store`].
+pub fn install(conn: &Connection, lineage: u64, site: SiteId) -> rusqlite::Result<()> {
+    conn.execute_batch(TABLES)?;
+    Store::set_meta(conn, "format", FILE_FORMAT)?;
+    Store::set_meta(conn, "lineage", lineage as i64)?;
+    conn.execute("INSERT OR IGNORE INTO __litemesh_clock(id, hlc, lsn) VALUES(1, 0, 0)", [])?;
+    become_site(conn, site)
+}
+
+/// Makes the file a new incarnation.
+pub fn become_site(conn: &Connection, site: SiteId) -> rusqlite::Result<()> {
+    Store::set_meta(conn, "site", site.0 as i64)?;
+    let sql = "INSERT OR IGNORE INTO __litemesh_site(site, n, hlc, id) VALUES(?1, 0, 0, 0)";
+    conn.execute(sql, [site.0 as i64]).map(|_| ())
+}
+
+/// Removes every trace of litemesh from a file.
+pub fn detach(conn: &Connection) -> rusqlite::Result<()> {
+    conn.execute_batch("BEGIN IMMEDIATE")?;
+    let names = |kind: &str| -> rusqlite::Result<Vec<String>> {
+        let sql = "SELECT name FROM sqlite_schema WHERE type = ?1 AND substr(name, 1, ?3) = ?2";
+        let mut statement = conn.prepare(sql)?;
+        let rows = statement.query_map((kind, PREFIX, PREFIX.len() as i64), |r| r.get(0))?;
+        rows.collect()
+    };
+    for (kind, sql) in [("trigger", "DROP TRIGGER"), ("table", "DROP TABLE")] {
+        for name in names(kind)? {
+            conn.execute_batch(&format!("{sql} {}", ident(&name)))?;
+        }
+    }
+    conn.execute_batch("COMMIT")
+}
+
+/// Reads the schema, registers what is new, puts back triggers that are missing.
+pub(super) fn refresh(store: &mut Store) -> Result<()> {
+    let schema = introspect::read(&store.conn)?;
+    let first = Store::meta::<i64>(&store.conn, "adopted")?.is_none();
+    let mut plans = Vec::new();
+    for mut table in schema.tables.clone() {
+        if let Some(why) = unfit(&store.conn, &table) {
+            store.notes.push(format!("table {:?} is not replicated: {why}", table.name));
+            continue;
+        }
+        let known = register(&store.conn, &mut table)?;
+        widen_log(&store.conn, &table)?;
+        store.conn.execute_batch(&create_state_table(&table))?;
+        let had_triggers = place_triggers(&store.conn, &table)?;
+        if !first && !known {
+            log_all_rows(&store.conn, &table)?;
+        } else if known && !had_triggers {
+            log_difference(&store.conn, &table)?;
+            store.notes.push(format!(
+                "table {:?} was rebuilt by the application: capture is back; a row that was changed in between is \
+                 not known to peers until it is changed again",
+                table.name
+            ));
+        }
+        plans.push(Arc::new(Plan::new(table)));
+    }
+    store.plans = plans;
+    if first {
+        Store::set_meta(&store.conn, "adopted", 1)?;
+    }
+    place_temp_triggers(store, &schema)
+}
+
+/// Why a table cannot be replicated at all.
+fn unfit(conn: &Connection, table: &Table) -> Option<String> {
+    let known: BTreeSet<String> = conn
+        .prepare("SELECT upper(name) FROM pragma_collation_list")
+        .and_then(|mut s| s.query_map([], |r| r.get(0))?.collect())
+        .unwrap_or_default();
+    let unknown = table.key.iter().find(|k| !known.contains(&k.collation.to_uppercase()))?;
+    Some(format!("its key uses the collation {}, which only the application has", unknown.collation))
+}
+
+/// Gives the table and its columns their numbers; returns whether the table had one.
+fn register(conn: &Connection, table: &mut Table) -> Result<bool> {
+    let find = "SELECT id FROM __litemesh_table WHERE name = ?1 COLLATE NOCASE";
+    let found: Option<i64> = conn.query_row(find, [&table.name], |r| r.get(0)).optional()?;
+    table.id = match found {
+        Some(id) => id,
+        None => {
+            conn.execute("INSERT INTO __litemesh_table(name) VALUES(?1)", [&table.name])?;
+            conn.last_insert_rowid()
+        }
+    };
+    let mut statement = conn.prepare_cached("SELECT pos, name FROM __litemesh_column WHERE tbl = ?1")?;
+    let rows = statement.query_map([table.id], |r| Ok((r.get::<_, String>(1)?.to_lowercase(), r.get(0)?)))?;
+    let mut known: BTreeMap<String, u32> = rows.collect::<rusqlite::Result<_>>()?;
+    let mut next = known.values().max().map_or(0, |p| p + 1);
+    for column in &mut table.columns {
+        column.id = *known.entry(column.name.to_lowercase()).or_insert(next);
+        if column.id == next {
+            next += 1;
+            let add = "INSERT INTO __litemesh_column(tbl, pos, name) VALUES(?1, ?2, ?3)";
+            conn.execute(add, (table.id, column.id, &column.name))?;
+        }
+    }
+    Ok(found.is_some())
+}
+
+/// Gives the log a column for every key column and mask of the table.
+fn widen_log(conn: &Connection, table: &Table) -> Result<()> {
+    let mut statement = conn.prepare_cached("SELECT name FROM pragma_table_info('__litemesh_log')")?;
+    let have: BTreeSet<String> = statement.query_map([], |r| r.get(0))?.collect::<rusqlite::Result<_>>()?;
+    let keys = (0..table.key.len()).map(|i| format!("k{i}"));
+    let masks = (0..table.mask_count()).map(|i| format!("m{i}"));
+    for column in keys.chain(masks).filter(|c| !have.contains(c)) {
+        conn.execute_batch(&format!("ALTER TABLE __litemesh_log ADD COLUMN {column}"))?;
+    }
+    Ok(())
+}
+
+/// Creates the triggers that are missing or out of date; returns whether the essential one was there.
+fn place_triggers(conn: &Connection, table: &Table) -> Result<bool> {
+    let wanted: BTreeMap<String, String> = triggers(table).into_iter().collect();
+    let suffix = format!("_{}", table.id);
+    let mut statement = conn.prepare_cached(
+        "SELECT name, sql FROM sqlite_schema WHERE type = 'trigger' AND substr(name, 1, ?2) = ?1",
+    )?;
+    let rows = statement.query_map((PREFIX, PREFIX.len() as i64), |r| Ok((r.get(0)?, r.get(1)?)))?;
+    let all: BTreeMap<String, String> = rows.collect::<rusqlite::Result<_>>()?;
+    let ours = all.iter().filter(|(n, _)| n.ends_with(&suffix));
+    let stale: Vec<&String> = ours.filter(|(n, sql)| wanted.get(*n) != Some(sql)).map(|(n, _)| n).collect();
+    for name in &stale {
+        conn.execute_batch(&format!("DROP TRIGGER {}", ident(name)))?;
+    }
+    for (name, sql) in &wanted {
+        if all.get(name) != Some(sql) {
+            conn.execute_batch(sql)?;
+        }
+    }
+    Ok(all.contains_key(&format!("{PREFIX}i{suffix}")))
+}
+
+/// A table made after adoption: its rows are writes of this node.
+fn log_all_rows(conn: &Connection, table: &Table) -> Result<()> {
+    let keys = list(0..table.key.len(), |i| format!("k{i}"));
+    conn.execute_batch(&format!(
+        "INSERT INTO {PREFIX}log(tbl, op, ms, {keys}) SELECT {}, {OP_INSERT}, julianday('now'), {} FROM {}",
+        table.id,
+        list(&table.key, |k| k.sql.clone()),
+        ident(&table.name)
+    ))?;
+    Ok(())
+}
+
+/// A table that lost its triggers for a while: rows that came and went meanwhile.
+fn log_difference(conn: &Connection, table: &Table) -> Result<()> {
+    let keys = list(0..table.key.len(), |i| format!("k{i}"));
+    let state_keys = list(0..table.key.len(), |i| format!("s.k{i}"));
+    let same = (0..table.key.len()).map(|i| format!("t.{} = s.k{i}", table.key[i].sql));
+    let same = same.collect::<Vec<_>>().join(" AND ");
+    let (state, name, id) = (state_table(table), ident(&table.name), table.id);
+    let into = format!("INSERT INTO {PREFIX}log(tbl, op, ms, {keys}) SELECT {id}");
+    conn.execute_batch(&format!(
+        "{into}, {OP_DELETE}, julianday('now'), {state_keys} FROM {state} AS s
+           WHERE s.dh IS NULL AND NOT EXISTS(SELECT 1 FROM {name} AS t WHERE {same});
+         {into}, {OP_INSERT}, julianday('now'), {} FROM {name} AS t
+           WHERE EXISTS(SELECT 1 FROM {state} AS s WHERE s.dh IS NOT NULL AND {same});",
+        list(&table.key, |k| format!("t.{}", k.sql)),
+    ))?;
+    Ok(())
+}
+
+/// What each trigger of the application writes: trigger -> tables.
+fn trigger_writes(conn: &Connection, schema: &Schema) -> Result<BTreeMap<String, BTreeSet<String>>> {
+    let seen: Arc<Mutex<BTreeMap<String, BTreeSet<String>>>> = Arc::default();
+    let sink = Arc::clone(&seen);
+    conn.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_TRIGGER, true)?;
+    conn.authorizer(Some(move |ctx: AuthContext<'_>| {
+        let table = match ctx.action {
+            AuthAction::Insert { table_name } | AuthAction::Delete { table_name } => Some(table_name),
+            AuthAction::Update { table_name, .. } => Some(table_name),
+            _ => None,
+        };
+        if let (Some(table), Some(trigger), Ok(mut seen)) = (table, ctx.accessor, sink.lock()) {
+            seen.entry(trigger.to_owned()).or_default().insert(table.to_lowercase());
+        }
+        Authorization::Allow
+    }));
+    for table in &schema.tables {
+        let name = ident(&table.name);
+        let key = if table.key_kind == KeyKind::Rowid { &[][..] } else { &table.key[..] };
+        let all = (table.columns.iter().map(|c| ident(&c.name))).chain(key.iter().map(|k| k.sql.clone()));
+        let set = list(all, |c| format!("{c} = {c}"));
+        let texts = [
+            format!("INSERT INTO {name} DEFAULT VALUES"),
+            format!("UPDATE {name} SET {set}"),
+            format!("DELETE FROM {name}"),
+        ];
+        // A trigger that needs a function or module only the application has cannot be compiled here: it is not
+        // run here either, which the caller notes.
+        texts.iter().for_each(|sql| drop(conn.prepare(sql)));
+    }
+    conn.authorizer(None::<fn(AuthContext<'_>) -> Authorization>);
+    conn.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_TRIGGER, false)?;
+    let seen = seen.lock().map_err(|_| ReplicaError::Unfit("the authorizer failed".to_owned()))?.clone();
+    Ok(seen)
+}
+
+/// Triggers that only keep unreplicated tables (full-text indexes) up to date run on every node, as TEMP triggers of
+/// our connection. The others' effects arrive as rows.
+fn place_temp_triggers(store: &mut Store, schema: &Schema) -> Result<()> {
+    let conn = &store.conn;
+    let mut old =
+        conn.prepare("SELECT name FROM temp.sqlite_schema WHERE type = 'trigger' AND name LIKE ?1")?;
+    let names = old.query_map([format!("{TEMP_PREFIX}%")], |r| r.get::<_, String>(0))?;
+    let names = names.collect::<rusqlite::Result<Vec<_>>>()?;
+    drop(old);
+    for name in names {
+        conn.execute_batch(&format!("DROP TRIGGER temp.{}", ident(&name)))?;
+    }
+    if schema.triggers.is_empty() {
+        return Ok(());
+    }
+    let writes = trigger_writes(conn, schema)?;
+    let replicated: BTreeSet<String> = store.plans.iter().map(|p| p.table.name.to_lowercase()).collect();
+    for (i, trigger) in schema.triggers.iter().enumerate() {
+        if !replicated.contains(&trigger.table.to_lowercase()) {
+            continue;
+        }
+        let Some(written) = writes.get(&trigger.name) else { continue };
+        let local = written.iter().filter(|t| !replicated.contains(*t)).count();
+        if local == written.len() {
+            let body = trigger_body(&trigger.sql).unwrap_or_default();
+            conn.execute_batch(&format!("CREATE TEMP TRIGGER {TEMP_PREFIX}{i} {body}"))?;
+        } else if local > 0 {
+            store.notes.push(mixed_trigger(trigger));
+        }
+    }
+    Ok(())
+}
+
+fn mixed_trigger(trigger: &AppTrigger) -> String {
+    format!(
+        "trigger {:?} writes replicated and unreplicated tables at once: what it does to the unreplicated ones does \
+         not happen for rows that arrive from peers; split it in two",
+        trigger.name
+    )
+}

@@ -1,0 +1,274 @@
+//! Apply: rows of a peer become rows of this file. Invariant: one transaction per commit or set of pages, together
+//! with the cursor; the merge itself is `core::merge`.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use rusqlite::{ErrorCode, ffi};
+
+use super::body::Body;
+use super::conflict::losses;
+use super::plan::Plan;
+use super::store::Store;
+use super::{ReplicaError, Result};
+use crate::core::frame::{Frame, RowBuffer, Section};
+use crate::core::merge::{Row, RowState, merge};
+use crate::core::message::CommitHeader;
+use crate::core::value::{Value, ValueRef};
+use crate::core::vector::{Point, Vector};
+use crate::core::version::{SiteId, Version};
+use crate::sqlite::value::get;
+
+/// A row that a UNIQUE constraint kept out for now.
+pub(super) struct Deferred {
+    pub plan: Arc<Plan>,
+    pub key: Vec<Value>,
+    pub row: Row,
+}
+
+/// A commit of a peer, whole.
+pub struct PeerCommit {
+    /// The site whose feed it continues.
+    pub site: SiteId,
+    /// What stands before the rows.
+    pub header: CommitHeader,
+    /// The rows; reading stands behind the header's block.
+    pub body: Body,
+}
+
+/// How the rows of one section meet the table here.
+struct Target {
+    plan: Arc<Plan>,
+    /// Section column -> place in the table's columns.
+    places: Vec<usize>,
+    insert: String,
+}
+
+impl Store {
+    /// Applies one commit within the transaction at hand. A feed's next commit only; the caller has checked.
+    pub(super) fn apply_commit(&mut self, commit: &mut PeerCommit) -> Result<()> {
+        let CommitHeader { from, to, id, hlc, .. } = commit.header;
+        assert!(self.head.vector.n(commit.site) >= from, "a commit was applied over a hole");
+        let seen: BTreeMap<SiteId, _> = commit.header.seen.iter().map(|(s, _, h)| (*s, *h)).collect();
+        let site = commit.site;
+        let they_saw = move |v: Version| {
+            v == Version::ZERO || v.site == site || seen.get(&v.site).is_some_and(|h| v.hlc <= *h)
+        };
+        commit.body.rewind()?;
+        commit.body.next_block()?;
+        self.apply_blocks(&mut commit.body, &they_saw)?;
+        self.head.hlc = self.head.hlc.max(hlc);
+        self.save_clock()?;
+        self.raise(site, Point { n: to, hlc, id })
+    }
+
+    /// Applies the rows that a peer sent for the asking, and takes over what it held, within the transaction at
+    /// hand.
+    pub(super) fn apply_pages(&mut self, pages: &mut Body, held: &Vector) -> Result<()> {
+        pages.rewind()?;
+        self.apply_blocks(pages, &|v| held.covers(v))?;
+        for (site, point) in &held.0 {
+            self.head.hlc = self.head.hlc.max(point.hlc);
+            self.raise(*site, *point)?;
+        }
+        self.save_clock()
+    }
+
+    fn apply_blocks(&mut self, body: &mut Body, they_saw: &dyn Fn(Version) -> bool) -> Result<()> {
+        let mut deferred = Vec::new();
+        while let Some(block) = body.next_block()? {
+            let frame = Frame::open(&block)?;
+            for section in frame.sections()? {
+                self.apply_section(section, they_saw, &mut deferred)?;
+            }
+        }
+        self.place_deferred(deferred)
+    }
+
+    fn target(&self, section: &Section<'_>) -> Result<Target> {
+        let table = section.table.to_owned();
+        let plan = self.plan(section.table).ok_or_else(|| ReplicaError::NoTable(table.clone()))?;
+        let here = || plan.table.key.iter().map(|k| k.name.as_str());
+        let same = |(a, b): (&str, &&str)| a.eq_ignore_ascii_case(b);
+        if here().count() != section.keys.len() || !here().zip(&section.keys).all(same) {
+            let (here, there) = (here().collect::<Vec<_>>().join(", "), section.keys.join(", "));
+            return Err(ReplicaError::OtherKey { table, here, there });
+        }
+        let place = |name: &&str| {
+            let found = plan.table.columns.iter().position(|c| c.name.eq_ignore_ascii_case(name));
+            let missing = || ReplicaError::NoColumn { table: table.clone(), column: (*name).to_owned() };
+            found.ok_or_else(missing)
+        };
+        let places = section.columns.iter().map(place).collect::<Result<Vec<_>>>()?;
+        let insert = plan.insert_row(&places);
+        Ok(Target { plan, places, insert })
+    }
+
+    fn apply_section(
+        &mut self,
+        mut section: Section<'_>,
+        they_saw: &dyn Fn(Version) -> bool,
+        deferred: &mut Vec<Deferred>,
+    ) -> Result<()> {
+        let target = self.target(&section)?;
+        let mut row = RowBuffer::default();
+        while let Some((birth, dead)) = section.next_row(&mut row)? {
+            let fresh = dead.is_none() && row.columns.is_empty();
+            if fresh && self.insert_fresh(&target, birth, &row)? {
+                continue;
+            }
+            let id = |place: u32| target.plan.table.columns[target.places[place as usize]].id;
+            let columns = row.columns.iter().map(|(place, v)| (id(*place), *v)).collect();
+            let values = row.values.iter().enumerate().map(|(i, v)| (id(i as u32), v.to_value())).collect();
+            let theirs = Row { state: RowState { birth, dead, columns }, values };
+            self.merge_row(&target.plan, &row.key, &theirs, they_saw, deferred)?;
+        }
+        Ok(())
+    }
+
+    /// The fast path: a row that nobody here knows. Returns false if it is not that simple; then nothing was done.
+    fn insert_fresh(&mut self, target: &Target, birth: Version, row: &RowBuffer<'_>) -> Result<bool> {
+        let site = self.sites.index(&self.conn, birth.site)?;
+        let (keys, plan) = (row.key.len(), &target.plan);
+        let mut add = self.conn.prepare_cached(&plan.add_state)?;
+        for (i, key) in row.key.iter().enumerate() {
+            add.raw_bind_parameter(i + 1, key)?;
+        }
+        add.raw_bind_parameter(keys + 1, birth.hlc.0 as i64)?;
+        add.raw_bind_parameter(keys + 2, site)?;
+        add.raw_bind_parameter(keys + 3, self.head.lsn + 1)?;
+        if add.raw_execute()? == 0 {
+            return Ok(false);
+        }
+        drop(add);
+        let mut insert = self.conn.prepare_cached(&target.insert)?;
+        for (i, value) in row.key.iter().chain(&row.values).enumerate() {
+            insert.raw_bind_parameter(i + 1, value)?;
+        }
+        match insert.raw_execute() {
+            Ok(_) => {
+                self.head.lsn += 1;
+                Ok(true)
+            }
+            Err(e) if e.sqlite_error_code() == Some(ErrorCode::ConstraintViolation) => {
+                drop(insert);
+                let remove = plan.remove_state();
+                let params = rusqlite::params_from_iter(row.key.iter());
+                self.conn.prepare_cached(&remove)?.execute(params)?;
+                Ok(false)
+            }
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    /// What this file holds of a row: its state (that of an adopted row, if it has none) and its values.
+    pub(super) fn local_row(&self, plan: &Plan, key: &[ValueRef<'_>]) -> Result<(Option<Row>, bool)> {
+        let state = self.sites.get(&self.conn, plan, key)?;
+        let mut statement = self.conn.prepare_cached(&plan.select_row)?;
+        let mut rows = statement.query(rusqlite::params_from_iter(key))?;
+        let mut values = BTreeMap::new();
+        let present = match rows.next()? {
+            Some(row) => {
+                for (i, column) in plan.table.columns.iter().enumerate() {
+                    values.insert(column.id, get(row, i)?.to_value());
+                }
+                true
+            }
+            None => false,
+        };
+        let state = match state {
+            None if present => Some(RowState::ADOPTED),
+            state => state,
+        };
+        Ok((state.map(|state| Row { state, values }), present))
+    }
+
+    fn merge_row(
+        &mut self,
+        plan: &Arc<Plan>,
+        key: &[ValueRef<'_>],
+        theirs: &Row,
+        they_saw: &dyn Fn(Version) -> bool,
+        deferred: &mut Vec<Deferred>,
+    ) -> Result<()> {
+        let (ours, present) = self.local_row(plan, key)?;
+        let merged = match &ours {
+            Some(ours) => {
+                let vector = &self.head.vector;
+                for loss in losses(ours, theirs, they_saw, &|v| vector.covers(v)) {
+                    self.keep_conflict(plan, key, &loss)?;
+                }
+                merge(ours, theirs)
+            }
+            None => theirs.clone(),
+        };
+        if ours.as_ref() == Some(&merged) && present == merged.state.dead.is_none() {
+            return Ok(());
+        }
+        let lsn = self.next_lsn();
+        self.sites.put(&self.conn, plan, key, &merged.state, lsn)?;
+        let ours = ours.as_ref().filter(|_| present);
+        match self.write_row(plan, key, ours, &merged) {
+            Err(ReplicaError::Sqlite(e)) if is_unique_violation(&e) => {
+                let key = key.iter().map(|k| k.to_value()).collect();
+                deferred.push(Deferred { plan: plan.clone(), key, row: merged });
+                Ok(())
+            }
+            result => result,
+        }
+    }
+
+    /// Brings the table's row from `ours` (what is there) to `merged`.
+    pub(super) fn write_row(
+        &self,
+        plan: &Plan,
+        key: &[ValueRef<'_>],
+        ours: Option<&Row>,
+        merged: &Row,
+    ) -> Result<()> {
+        let dead = merged.state.dead.is_some();
+        if let Some(ours) = ours
+            && ours.state.birth == merged.state.birth
+            && !dead
+        {
+            return self.update_row(plan, key, ours, merged);
+        }
+        if ours.is_some() {
+            self.conn.prepare_cached(&plan.delete_row)?.execute(rusqlite::params_from_iter(key))?;
+        }
+        if dead { Ok(()) } else { self.insert_row(plan, key, merged) }
+    }
+
+    fn update_row(&self, plan: &Plan, key: &[ValueRef<'_>], ours: &Row, merged: &Row) -> Result<()> {
+        let all = plan.table.columns.iter().enumerate();
+        let changed = all.filter(|(_, c)| {
+            let new = merged.values.get(&c.id);
+            new.is_some() && new != ours.values.get(&c.id)
+        });
+        let (places, ids): (Vec<usize>, Vec<u32>) = changed.map(|(i, c)| (i, c.id)).unzip();
+        if places.is_empty() {
+            return Ok(());
+        }
+        let values = ids.iter().filter_map(|id| merged.values.get(id).map(Value::as_ref));
+        let params = rusqlite::params_from_iter(key.iter().copied().chain(values));
+        self.conn.prepare_cached(&plan.update_row(&places))?.execute(params)?;
+        Ok(())
+    }
+
+    pub(super) fn insert_row(&self, plan: &Plan, key: &[ValueRef<'_>], row: &Row) -> Result<()> {
+        let known = plan.table.columns.iter().enumerate();
+        let known: Vec<(usize, ValueRef<'_>)> =
+            known.filter_map(|(i, c)| Some((i, row.values.get(&c.id)?.as_ref()))).collect();
+        let places: Vec<usize> = known.iter().map(|(i, _)| *i).collect();
+        let params = rusqlite::params_from_iter(key.iter().copied().chain(known.iter().map(|(_, v)| *v)));
+        self.conn.prepare_cached(&plan.insert_row(&places))?.execute(params)?;
+        Ok(())
+    }
+}
+
+/// Whether a statement failed because of a UNIQUE constraint (the key's own included).
+pub(super) fn is_unique_violation(error: &rusqlite::Error) -> bool {
+    let codes =
+        [ffi::SQLITE_CONSTRAINT_UNIQUE, ffi::SQLITE_CONSTRAINT_PRIMARYKEY, ffi::SQLITE_CONSTRAINT_ROWID];
+    error.sqlite_error().is_some_and(|e| codes.contains(&e.extended_code))
+}

@@ -1,0 +1,98 @@
+//! Pieces of commits become commits again. Invariant: pieces of two sendings never mix, and what is not whole is
+//! never seen by anyone.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use super::Result;
+use super::apply::PeerCommit;
+use super::body::Body;
+use crate::core::frame::WireError;
+use crate::core::message::{CommitHeader, Fragment, decode};
+use crate::core::version::SiteId;
+
+/// A commit that is not whole yet.
+struct Partial {
+    attempt: u64,
+    next: u32,
+    body: Body,
+}
+
+/// Puts pieces together, one commit a site at a time.
+pub struct Assembler {
+    spool_dir: PathBuf,
+    partial: HashMap<SiteId, Partial>,
+}
+
+impl Assembler {
+    /// An assembler that keeps large commits in `spool_dir` until they are whole.
+    pub fn new(spool_dir: &Path) -> Self {
+        Self { spool_dir: spool_dir.to_owned(), partial: HashMap::new() }
+    }
+
+    /// Takes a piece; returns the commit when it is whole. A piece out of turn drops what was there: the hole that
+    /// leaves is found and repaired like any other.
+    pub fn push(&mut self, site: SiteId, piece: &Fragment) -> Result<Option<PeerCommit>> {
+        if piece.index == 0 {
+            let body = Body::new(&self.spool_dir);
+            self.partial.insert(site, Partial { attempt: piece.attempt, next: 0, body });
+        }
+        let Some(partial) = self.partial.get_mut(&site) else { return Ok(None) };
+        if partial.attempt != piece.attempt || partial.next != piece.index {
+            self.partial.remove(&site);
+            return Ok(None);
+        }
+        partial.body.append(&piece.data)?;
+        partial.next += 1;
+        if !piece.last {
+            return Ok(None);
+        }
+        let Some(Partial { mut body, .. }) = self.partial.remove(&site) else { return Ok(None) };
+        body.rewind()?;
+        let header = body.next_block()?.ok_or(WireError::Truncated)?;
+        let header: CommitHeader = decode(&header)?;
+        if header.to <= header.from {
+            return Err(WireError::Malformed("a commit that goes nowhere").into());
+        }
+        Ok(Some(PeerCommit { site, header, body }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::core::message::encode;
+    use crate::core::version::Hlc;
+
+    fn pieces(attempt: u64) -> Vec<Fragment> {
+        let header = CommitHeader { from: 0, to: 1, id: 1, prev: 0, hlc: Hlc(1), seen: vec![], rows: 0 };
+        let header = encode(&header);
+        let mut bytes = (header.len() as u32).to_be_bytes().to_vec();
+        bytes.extend_from_slice(&header);
+        let half = bytes.len() / 2;
+        let piece =
+            |index, last, data: &[u8]| Fragment { attempt, index, last, data: Bytes::copy_from_slice(data) };
+        vec![piece(0, false, &bytes[..half]), piece(1, true, &bytes[half..])]
+    }
+
+    #[test]
+    fn pieces_of_two_attempts_never_mix() {
+        let mut assembler = Assembler::new(&std::env::temp_dir());
+        let (a, b) = (pieces(1), pieces(2));
+        let site = SiteId(9);
+        assert!(assembler.push(site, &a[0]).unwrap().is_none());
+        assert!(assembler.push(site, &b[1]).unwrap().is_none());
+        assert!(assembler.push(site, &a[1]).unwrap().is_none(), "the first attempt was given up");
+        assert!(assembler.push(site, &b[0]).unwrap().is_none());
+        assert_eq!(assembler.push(site, &b[1]).unwrap().unwrap().header.to, 1);
+    }
+
+    #[test]
+    fn a_malformed_header_is_an_error() {
+        let mut assembler = Assembler::new(&std::env::temp_dir());
+        let data = Bytes::from_static(&[0, 0, 0, 2, 1, 0xc1]);
+        assert!(assembler.push(SiteId(1), &Fragment { attempt: 1, index: 0, last: true, data }).is_err());
+    }
+}

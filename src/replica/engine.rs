@@ -1,0 +1,536 @@
+//! One database's part of the protocol: what to do with what arrives, and when to ask. Invariant: nothing depends on
+//! a next message coming; every hole is found by comparing what nodes hold.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+use super::absorb::OwnCommit;
+use super::apply::PeerCommit;
+use super::assemble::Assembler;
+use super::body::Body;
+use super::store::Store;
+use super::{ReplicaError, Result};
+use crate::core::message::{CommitHeader, Fragment, Holding, Message, SyncPage, SyncRequest};
+use crate::core::names::{DbName, NodeName};
+use crate::core::vector::{Point, Vector};
+use crate::core::version::SiteId;
+
+/// How far a peer's clock may be ahead before its writes wait.
+pub const MAX_SKEW_MS: u64 = 60_000;
+/// How long a hole may be one because messages are still under way.
+const HOLE_GRACE_MS: u64 = 150;
+/// How long a peer may take for a page before another is asked.
+const PAGE_TIMEOUT_MS: u64 = 10_000;
+/// How long to wait after a peer's rows could not be taken in.
+const RETRY_MS: u64 = 2_000;
+/// How often to say what we hold while it changes, and when nothing does.
+const ANNOUNCE_MS: u64 = 1_000;
+const ANNOUNCE_IDLE_MS: u64 = 20_000;
+/// Commits and bytes that go into one transaction: enough to share an fsync, few enough to be short.
+const BATCH_COMMITS: usize = 256;
+const BATCH_BYTES: u64 = 1024 * 1024;
+/// What may wait in memory or spool for its turn, a feed; more is dropped and asked for again.
+const PENDING_BYTES: u64 = 256 * 1024 * 1024;
+const PENDING_COMMITS: usize = 20_000;
+/// How long a commit waits for a cause whose feed is stopped.
+const CAUSAL_WAIT_MS: u64 = 10_000;
+
+/// What the engine wants done.
+pub enum Action {
+    /// Publish a commit of ours: it is on the disk.
+    Publish(OwnCommit),
+    /// Tell everybody.
+    Broadcast(Message),
+    /// Tell one node.
+    Send(NodeName, Message),
+    /// Tell the operator.
+    Warn(String),
+}
+
+/// What arrived of one site's feed and is not applied.
+#[derive(Default)]
+struct Feed {
+    /// By the number they start from.
+    pending: BTreeMap<u64, PeerCommit>,
+    bytes: u64,
+    /// Why it stands still, and since when.
+    stopped: Option<(String, u64)>,
+    /// Since when its first pending commit cannot be applied.
+    waiting_since_ms: Option<u64>,
+}
+
+/// A peer as this database sees it.
+#[derive(Debug, Clone)]
+pub struct Peer {
+    /// What it said last.
+    pub holding: Holding,
+    /// When.
+    pub heard_ms: u64,
+}
+
+/// Rows that are being fetched from a peer.
+struct Sync {
+    peer: NodeName,
+    request: SyncRequest,
+    pages: Body,
+    asked_ms: u64,
+}
+
+/// Counters for status and metrics.
+#[derive(Debug, Clone, Copy, Default, serde::Serialize)]
+pub struct Counters {
+    /// Commits of ours.
+    pub commits_published: u64,
+    /// Rows in them.
+    pub rows_published: u64,
+    /// Commits of peers.
+    pub commits_applied: u64,
+    /// Times rows were fetched from a peer because of a hole.
+    pub peer_syncs: u64,
+    /// Messages that could not be read.
+    pub messages_refused: u64,
+    /// Commits applied before their cause, because its feed stands still.
+    pub causal_overruns: u64,
+}
+
+/// The protocol of one database on one node.
+pub struct Engine {
+    db: DbName,
+    store: Store,
+    feeds: HashMap<SiteId, Feed>,
+    assembler: Assembler,
+    peers: BTreeMap<NodeName, Peer>,
+    sync: Option<Sync>,
+    sync_error: Option<(String, u64)>,
+    hole_since_ms: Option<u64>,
+    announced: (Vector, u64),
+    next_request: u64,
+    counters: Counters,
+    actions: Vec<Action>,
+}
+
+impl Engine {
+    /// The engine of a file that is open.
+    pub fn new(db: DbName, store: Store, spool_dir: &Path) -> Self {
+        Self {
+            db,
+            store,
+            feeds: HashMap::new(),
+            assembler: Assembler::new(spool_dir),
+            peers: BTreeMap::new(),
+            sync: None,
+            sync_error: None,
+            hole_since_ms: None,
+            announced: (Vector::default(), 0),
+            next_request: 1,
+            counters: Counters::default(),
+            actions: Vec::new(),
+        }
+    }
+
+    /// The file.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// The file, to do something with it that is none of the protocol's business.
+    pub fn store_mut(&mut self) -> &mut Store {
+        &mut self.store
+    }
+
+    /// Peers that replicate this database, as last heard.
+    pub fn peers(&self) -> &BTreeMap<NodeName, Peer> {
+        &self.peers
+    }
+
+    /// Counters since the start.
+    pub fn counters(&self) -> Counters {
+        self.counters
+    }
+
+    /// Commits waiting for their turn.
+    pub fn pending(&self) -> usize {
+        self.feeds.values().map(|f| f.pending.len()).sum()
+    }
+
+    /// Whether rows are being fetched from a peer.
+    pub fn is_syncing(&self) -> bool {
+        self.sync.is_some()
+    }
+
+    /// Why anything stands still, for people.
+    pub fn stopped(&self) -> Vec<String> {
+        let feeds = self.feeds.iter().filter_map(|(site, f)| Some((site, f.stopped.as_ref()?)));
+        let feeds = feeds.map(|(site, (why, _))| format!("feed of {}: {why}", self.site_name(*site)));
+        feeds.chain(self.sync_error.iter().map(|(why, _)| why.clone())).collect()
+    }
+
+    fn site_name(&self, site: SiteId) -> String {
+        let node = self.peers.iter().find(|(_, p)| p.holding.site == site);
+        node.map_or_else(|| format!("site {site}"), |(name, _)| format!("node {name}"))
+    }
+
+    /// What is to be done; empties the list.
+    pub fn take_actions(&mut self) -> Vec<Action> {
+        let notes = self.store.take_notes();
+        self.actions.extend(notes.into_iter().map(Action::Warn));
+        std::mem::take(&mut self.actions)
+    }
+
+    /// Absorbs what the application wrote.
+    pub fn absorb(&mut self) -> Result<()> {
+        if self.store.has_log()? {
+            let own = self.store.absorb()?;
+            self.publish(own);
+        }
+        Ok(())
+    }
+
+    /// Absorbs, then says what this file holds: whoever holds the same has everything written here until now.
+    pub fn barrier(&mut self) -> Result<Vector> {
+        self.absorb()?;
+        Ok(self.store.head().vector.clone())
+    }
+
+    fn publish(&mut self, own: Option<OwnCommit>) {
+        if let Some(own) = own {
+            self.counters.commits_published += 1;
+            self.counters.rows_published += own.header.rows;
+            self.actions.push(Action::Publish(own));
+        }
+    }
+
+    /// Takes a piece of a peer's commit. [`Engine::settle`] applies what is whole.
+    pub fn on_fragment(&mut self, site: SiteId, piece: &Fragment) -> Result<()> {
+        if site == self.store.head().site {
+            return Ok(());
+        }
+        match self.assembler.push(site, piece) {
+            Ok(Some(commit)) => self.add_pending(commit),
+            Ok(None) => {}
+            Err(ReplicaError::Wire(e)) => self.refuse(&format!("a commit of {}: {e}", self.site_name(site))),
+            Err(e) => return Err(e),
+        }
+        Ok(())
+    }
+
+    fn refuse(&mut self, what: &str) {
+        self.counters.messages_refused += 1;
+        if self.counters.messages_refused.is_power_of_two() {
+            self.actions.push(Action::Warn(format!("refused {what}")));
+        }
+    }
+
+    fn add_pending(&mut self, commit: PeerCommit) {
+        if commit.header.to <= self.store.head().vector.n(commit.site) {
+            return;
+        }
+        let feed = self.feeds.entry(commit.site).or_default();
+        if feed.bytes + commit.body.len() > PENDING_BYTES || feed.pending.len() >= PENDING_COMMITS {
+            return;
+        }
+        feed.bytes += commit.body.len();
+        if let Some(old) = feed.pending.insert(commit.header.from, commit) {
+            feed.bytes -= old.body.len();
+        }
+    }
+
+    /// Takes any other message about this database.
+    pub fn on_message(&mut self, from: &NodeName, message: Message, now_ms: u64) -> Result<()> {
+        match message {
+            Message::Holding(holding) => self.on_holding(from, holding, now_ms),
+            Message::Ask { .. } => {
+                self.absorb()?;
+                let holding = self.store.holding(&self.db, false);
+                self.actions.push(Action::Send(from.clone(), Message::Holding(holding)));
+                Ok(())
+            }
+            Message::SyncRequest(ask) => self.on_sync_request(from, &ask),
+            Message::SyncPage(page) => self.on_sync_page(from, page, now_ms),
+            Message::Refused { request, why } => {
+                if self.sync.as_ref().is_some_and(|s| s.request.request == request && s.peer == *from) {
+                    self.sync = None;
+                    self.sync_error = Some((format!("node {from} refused to send rows: {why}"), now_ms));
+                }
+                Ok(())
+            }
+            Message::Bye => {
+                self.peers.remove(from);
+                Ok(())
+            }
+            Message::Hello(_) | Message::CopyRequest(_) | Message::CopyPart(_) => Ok(()),
+        }
+    }
+
+    fn on_holding(&mut self, from: &NodeName, holding: Holding, now_ms: u64) -> Result<()> {
+        let head = self.store.head();
+        if holding.lineage != head.lineage {
+            let what = format!(
+                "what node {from} says of database {}: its file is another database of the same name; detach one of them, \
+                 or give it another name",
+                self.db
+            );
+            self.refuse(&what);
+            return Ok(());
+        }
+        if let Some(site) = head.vector.fork_with(&holding.vector) {
+            let what = format!(
+                "node {from} has another history of site {site}: a file of it was copied or went back"
+            );
+            self.refuse(&what);
+        }
+        if holding.answer {
+            let ours = self.store.holding(&self.db, false);
+            self.actions.push(Action::Send(from.clone(), Message::Holding(ours)));
+        }
+        self.store.note_peer(&holding)?;
+        self.peers.insert(from.clone(), Peer { holding, heard_ms: now_ms });
+        Ok(())
+    }
+
+    fn on_sync_request(&mut self, from: &NodeName, ask: &SyncRequest) -> Result<()> {
+        let request = ask.request;
+        if ask.lineage != self.store.head().lineage {
+            let why = "this node's file is another database of the same name".to_owned();
+            self.actions.push(Action::Send(from.clone(), Message::Refused { request, why }));
+            return Ok(());
+        }
+        let (own, page) = self.store.page(&self.db, ask)?;
+        self.publish(own);
+        self.actions.push(Action::Send(from.clone(), Message::SyncPage(page)));
+        Ok(())
+    }
+
+    fn on_sync_page(&mut self, from: &NodeName, page: SyncPage, now_ms: u64) -> Result<()> {
+        let Some(sync) = self.sync.as_mut() else { return Ok(()) };
+        if sync.request.request != page.request || sync.peer != *from {
+            return Ok(());
+        }
+        for frame in &page.frames {
+            sync.pages.append_block(frame)?;
+        }
+        sync.asked_ms = now_ms;
+        let Some(held) = page.complete else {
+            self.next_request += 1;
+            sync.request.request = self.next_request;
+            sync.request.after_lsn = page.next_lsn;
+            let ask = Message::SyncRequest(sync.request.clone());
+            self.actions.push(Action::Send(from.clone(), ask));
+            return Ok(());
+        };
+        let Some(mut sync) = self.sync.take() else { return Ok(()) };
+        if let Some(why) = too_far_ahead(&held, now_ms) {
+            self.stop_sync(format!("rows of node {from} wait: {why}"), now_ms);
+            return Ok(());
+        }
+        match self.store.take_over(page.site, page.next_lsn as i64, &mut sync.pages, &held) {
+            Ok(own) => {
+                self.counters.peer_syncs += 1;
+                self.sync_error = None;
+                self.hole_since_ms = None;
+                self.publish(own);
+                Ok(())
+            }
+            Err(e) if e.is_passing() => Err(e),
+            Err(e) => {
+                self.stop_sync(format!("rows of node {from} cannot be taken in: {e}"), now_ms);
+                Ok(())
+            }
+        }
+    }
+
+    fn stop_sync(&mut self, why: String, now_ms: u64) {
+        if self.sync_error.as_ref().is_none_or(|(old, _)| *old != why) {
+            self.actions.push(Action::Warn(why.clone()));
+        }
+        self.sync_error = Some((why, now_ms));
+    }
+
+    /// Applies everything whose turn has come, absorbs, and asks for what is missing.
+    pub fn settle(&mut self, now_ms: u64) -> Result<()> {
+        loop {
+            let mut batch = self.ready(now_ms);
+            if batch.is_empty() {
+                break;
+            }
+            let applied = match self.store.apply(&mut batch) {
+                Ok(applied) => applied,
+                Err(e) => {
+                    batch.into_iter().for_each(|c| self.add_pending(c));
+                    return Err(e);
+                }
+            };
+            self.publish(applied.own);
+            self.counters.commits_applied += applied.count as u64;
+            for commit in &batch[..applied.count] {
+                if let Some(feed) = self.feeds.get_mut(&commit.site) {
+                    feed.stopped = None;
+                }
+            }
+            let mut rest = batch.into_iter().skip(applied.count);
+            if let (Some(error), Some(stopped)) = (applied.stopped, rest.next()) {
+                self.stop_feed(stopped, &error.to_string(), now_ms);
+            }
+            rest.for_each(|c| self.add_pending(c));
+        }
+        self.absorb()?;
+        self.look_for_holes(now_ms)
+    }
+
+    fn stop_feed(&mut self, commit: PeerCommit, why: &str, now_ms: u64) {
+        let site = commit.site;
+        let name = self.site_name(site);
+        self.add_pending(commit);
+        let feed = self.feeds.entry(site).or_default();
+        if feed.stopped.as_ref().is_none_or(|(old, _)| old != why) {
+            self.actions.push(Action::Warn(format!("{}: the feed of {name} stands still: {why}", self.db)));
+        }
+        feed.stopped = Some((why.to_owned(), now_ms));
+    }
+
+    /// Takes out the commits that can be applied now, in an order that is causal.
+    fn ready(&mut self, now_ms: u64) -> Vec<PeerCommit> {
+        let mut vector = self.store.head().vector.clone();
+        let mut batch = Vec::new();
+        let mut bytes = 0;
+        loop {
+            let before = batch.len();
+            let sites: Vec<SiteId> = self.feeds.keys().copied().collect();
+            for site in sites {
+                while batch.len() < BATCH_COMMITS && bytes < BATCH_BYTES {
+                    let Some(commit) = self.next_of(site, &vector, now_ms) else { break };
+                    bytes += commit.body.len();
+                    let CommitHeader { to, hlc, id, .. } = commit.header;
+                    vector.raise(site, Point { n: to, hlc, id });
+                    batch.push(commit);
+                }
+            }
+            if batch.len() == before {
+                return batch;
+            }
+        }
+    }
+
+    fn next_of(&mut self, site: SiteId, vector: &Vector, now_ms: u64) -> Option<PeerCommit> {
+        let stopped: Vec<SiteId> =
+            self.feeds.iter().filter(|(_, f)| f.stopped.is_some()).map(|(s, _)| *s).collect();
+        let name = self.site_name(site);
+        let feed = self.feeds.get_mut(&site)?;
+        if feed.stopped.as_ref().is_some_and(|(_, since)| now_ms < since + RETRY_MS) {
+            return None;
+        }
+        let n = vector.n(site);
+        while let Some(entry) = feed.pending.first_entry() {
+            if entry.get().header.to > n {
+                break;
+            }
+            feed.bytes -= entry.remove().body.len();
+        }
+        let first = feed.pending.first_key_value().map(|(_, c)| &c.header)?;
+        if first.from > n {
+            return None;
+        }
+        if first.hlc.ms() > now_ms + MAX_SKEW_MS {
+            let ahead_s = (first.hlc.ms() - now_ms) / 1_000;
+            let why =
+                format!("its writes are dated {ahead_s} s ahead of this node's clock: set the clocks right");
+            if feed.stopped.is_none() {
+                self.actions.push(Action::Warn(format!("{}: the feed of {name} waits: {why}", self.db)));
+            }
+            feed.stopped = Some((why, now_ms));
+            return None;
+        }
+        let missing = first.seen.iter().find(|(s, n, _)| vector.n(*s) < *n);
+        if let Some((cause, ..)) = missing {
+            let since = *feed.waiting_since_ms.get_or_insert(now_ms);
+            if !stopped.contains(cause) || now_ms < since + CAUSAL_WAIT_MS {
+                return None;
+            }
+            self.counters.causal_overruns += 1;
+        }
+        feed.waiting_since_ms = None;
+        let (_, commit) = feed.pending.pop_first()?;
+        feed.bytes -= commit.body.len();
+        Some(commit)
+    }
+
+    /// Whether a peer has what is neither here nor on its way.
+    fn look_for_holes(&mut self, now_ms: u64) -> Result<()> {
+        if let Some(sync) = &self.sync {
+            if now_ms < sync.asked_ms + PAGE_TIMEOUT_MS {
+                return Ok(());
+            }
+            let peer = sync.peer.clone();
+            self.sync = None;
+            self.peers.remove(&peer);
+            self.stop_sync(format!("node {peer} does not answer a request for rows"), now_ms);
+        }
+        if self.sync_error.as_ref().is_some_and(|(_, at)| now_ms < at + RETRY_MS) {
+            return Ok(());
+        }
+        let mut reach = self.store.head().vector.clone();
+        for feed in self.feeds.values().filter(|f| f.stopped.is_none()) {
+            for commit in feed.pending.values() {
+                if commit.header.from <= reach.n(commit.site) {
+                    let CommitHeader { to, hlc, id, .. } = commit.header;
+                    reach.raise(commit.site, Point { n: to, hlc, id });
+                }
+            }
+        }
+        let stuck = self.feeds.iter().filter(|(_, f)| f.stopped.is_some()).map(|(s, _)| *s);
+        let stuck: Vec<SiteId> = stuck.collect();
+        let lacking = |p: &Peer| {
+            let missing = |(s, point): (&SiteId, &Point)| reach.n(*s) < point.n && !stuck.contains(s);
+            p.holding.vector.0.iter().any(missing)
+        };
+        let candidate = self.peers.iter().filter(|(_, p)| lacking(p)).max_by_key(|(_, p)| p.heard_ms);
+        let Some((name, peer)) = candidate.map(|(n, p)| (n.clone(), p.holding.site)) else {
+            self.hole_since_ms = None;
+            return Ok(());
+        };
+        let since = *self.hole_since_ms.get_or_insert(now_ms);
+        if now_ms >= since + HOLE_GRACE_MS { self.start_sync(name, peer, now_ms) } else { Ok(()) }
+    }
+
+    fn start_sync(&mut self, peer: NodeName, site: SiteId, now_ms: u64) -> Result<()> {
+        self.next_request += 1;
+        let head = self.store.head();
+        let request = SyncRequest {
+            db: self.db.clone(),
+            lineage: head.lineage,
+            request: self.next_request,
+            vector: head.vector.clone(),
+            after_lsn: self.store.peer_lsn(site)? as u64,
+        };
+        self.actions.push(Action::Send(peer.clone(), Message::SyncRequest(request.clone())));
+        let pages = Body::new(&self.store.spool_dir);
+        self.sync = Some(Sync { peer, request, pages, asked_ms: now_ms });
+        Ok(())
+    }
+
+    /// Says what this file holds, when it is time to.
+    pub fn announce(&mut self, now_ms: u64) {
+        let head = self.store.head();
+        let (said, at) = &self.announced;
+        let pause = if *said == head.vector { ANNOUNCE_IDLE_MS } else { ANNOUNCE_MS };
+        if *at != 0 && now_ms < at + pause {
+            return;
+        }
+        let answer = *at == 0;
+        self.announced = (head.vector.clone(), now_ms);
+        let holding = self.store.holding(&self.db, answer);
+        self.actions.push(Action::Broadcast(Message::Holding(holding)));
+    }
+
+    /// A peer has come (back): tells it what this file holds and asks the same of it.
+    pub fn greet(&mut self, peer: &NodeName) {
+        let holding = self.store.holding(&self.db, true);
+        self.actions.push(Action::Send(peer.clone(), Message::Holding(holding)));
+    }
+}
+
+fn too_far_ahead(vector: &Vector, now_ms: u64) -> Option<String> {
+    let (site, point) = vector.0.iter().find(|(_, p)| p.hlc.ms() > now_ms + MAX_SKEW_MS)?;
+    let ahead_s = (point.hlc.ms() - now_ms) / 1_000;
+    Some(format!("site {site} dates its writes {ahead_s} s ahead of this node's clock: set the clocks right"))
+}

@@ -1,0 +1,83 @@
+//! One replicated file: capture, absorb, publish, apply, catch-up. Invariant: SQLite is the only truth; everything
+//! here can be killed between any two steps and goes on from what the file says.
+
+pub mod absorb;
+pub mod adopt;
+pub mod apply;
+pub mod assemble;
+pub mod body;
+pub mod conflict;
+pub mod engine;
+pub mod page;
+pub mod plan;
+pub mod rows;
+pub mod send;
+pub mod shadow;
+pub mod store;
+pub mod unique;
+
+use crate::core::frame::WireError;
+use crate::sqlite::OpenError;
+
+/// Why something could not be done with a file. The transaction was rolled back: the file is as before.
+#[derive(Debug, thiserror::Error)]
+pub enum ReplicaError {
+    /// SQLite refused.
+    #[error("SQLite: {0}")]
+    Sqlite(#[from] rusqlite::Error),
+    /// The file could not be opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// A temporary file could not be written or read.
+    #[error("a temporary file in the state directory: {0}")]
+    Spool(#[from] std::io::Error),
+    /// A peer sent what cannot be read.
+    #[error("from a peer: {0}")]
+    Wire(#[from] WireError),
+    /// Rows came for a table that is not here.
+    #[error(
+        "table {0:?} does not exist in this file yet: run the same migration here; its rows wait until then"
+    )]
+    NoTable(String),
+    /// Rows came for a column that is not here.
+    #[error(
+        "table {table:?} has no column {column:?} in this file yet: run the same migration here; rows wait"
+    )]
+    NoColumn {
+        /// The table.
+        table: String,
+        /// The column.
+        column: String,
+    },
+    /// The table's key is another one at the sender.
+    #[error("table {table:?} has the key ({here}) here and ({there}) at the peer: make them the same")]
+    OtherKey {
+        /// The table.
+        table: String,
+        /// The key here.
+        here: String,
+        /// The key there.
+        there: String,
+    },
+    /// The file belongs to something else.
+    #[error("{0}")]
+    Unfit(String),
+}
+
+impl ReplicaError {
+    /// Whether trying again later, with nothing changed in the file's schema, may succeed.
+    pub fn is_passing(&self) -> bool {
+        use rusqlite::ErrorCode::{DatabaseBusy, DatabaseLocked, DiskFull, SystemIoFailure};
+        match self {
+            Self::Sqlite(e) => matches!(
+                e.sqlite_error_code(),
+                Some(DatabaseBusy | DatabaseLocked | DiskFull | SystemIoFailure)
+            ),
+            Self::Spool(_) => true,
+            _ => false,
+        }
+    }
+}
+
+/// Result of work on a file.
+pub type Result<T, E = ReplicaError> = std::result::Result<T, E>;

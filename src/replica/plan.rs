@@ -1,0 +1,111 @@
+//! The SQL that replication runs on one table. Invariant: built once a schema, so that statements stay prepared.
+
+use crate::core::capture::{PREFIX, state_table};
+use crate::core::schema::Table;
+use crate::core::sqltext::{ident, list};
+
+/// A table and its statements. Key columns are parameters `?1…`.
+pub struct Plan {
+    /// The table.
+    pub table: Table,
+    /// `k…` -> `bh, bs, dh, ds, cols`.
+    pub select_state: String,
+    /// `k…, bh, bs, dh, ds, cols, lsn`.
+    pub put_state: String,
+    /// `k…, bh, bs, lsn`; does nothing if there is one.
+    pub add_state: String,
+    /// `k…` -> the columns in order.
+    pub select_row: String,
+    /// `k…`.
+    pub delete_row: String,
+    /// `after lsn, up to lsn` -> `s.k…, bh, bs, dh, ds, cols, present, t.k…, columns…`.
+    pub changed: String,
+    /// `tbl` -> `op, k…, m…` in order.
+    pub log: String,
+    /// `bh, bs, base lsn, tbl`: births for a log of nothing but inserts.
+    pub absorb_inserts: String,
+}
+
+impl Plan {
+    /// Builds the statements of a table.
+    pub fn new(table: Table) -> Self {
+        let keys = table.key.len();
+        let (state, on) = (state_table(&table), ident(&table.name));
+        let k = |prefix: &str| list(0..keys, |i| format!("{prefix}k{i}"));
+        let params = |from: usize, count: usize| list(from..from + count, |i| format!("?{i}"));
+        let state_key = join_and(0..keys, |i| format!("k{i} = ?{}", i + 1));
+        let row_key = join_and(0..keys, |i| format!("{} = ?{}", table.key[i].sql, i + 1));
+        let columns = list(&table.columns, |c| ident(&c.name));
+        let or_one = |text: String| if text.is_empty() { "1".to_owned() } else { text };
+        let joined = join_and(0..keys, |i| format!("t.{} = s.k{i}", table.key[i].sql));
+        let t_keys = list(&table.key, |c| format!("t.{}", c.sql));
+        let t_columns: String = table.columns.iter().map(|c| format!(", t.{}", ident(&c.name))).collect();
+        let masks = list(0..table.mask_count(), |i| format!("m{i}"));
+        let no_nulls = join_and(0..keys, |i| format!("k{i} IS NOT NULL"));
+        Self {
+            select_state: format!("SELECT bh, bs, dh, ds, cols FROM {state} WHERE {state_key}"),
+            put_state: format!(
+                "INSERT OR REPLACE INTO {state}({}, bh, bs, dh, ds, cols, lsn) VALUES({})",
+                k(""),
+                params(1, keys + 6)
+            ),
+            add_state: format!(
+                "INSERT OR IGNORE INTO {state}({}, bh, bs, lsn) VALUES({})",
+                k(""),
+                params(1, keys + 3)
+            ),
+            select_row: format!("SELECT {} FROM {on} WHERE {row_key}", or_one(columns)),
+            delete_row: format!("DELETE FROM {on} WHERE {row_key}"),
+            changed: format!(
+                "SELECT {}, bh, bs, dh, ds, cols, t.{} IS NOT NULL, {t_keys}{t_columns} \
+                 FROM {state} AS s INDEXED BY {state}_lsn LEFT JOIN {on} AS t ON {joined} \
+                 WHERE s.lsn > ?1 AND s.lsn <= ?2 ORDER BY s.lsn",
+                k("s."),
+                table.key[0].sql,
+            ),
+            log: format!("SELECT op, {}, {masks} FROM {PREFIX}log WHERE tbl = ?1 ORDER BY seq", k("")),
+            absorb_inserts: format!(
+                "INSERT INTO {state}({0}, bh, bs, lsn) SELECT {0}, ?1, ?2, ?3 + seq FROM {PREFIX}log \
+                 WHERE tbl = ?4 AND {no_nulls} ORDER BY seq ON CONFLICT({0}) DO UPDATE SET bh = excluded.bh, \
+                 bs = excluded.bs, dh = NULL, ds = NULL, cols = NULL, lsn = excluded.lsn",
+                k("")
+            ),
+            table,
+        }
+    }
+
+    /// `k…, values…`: inserts a row with these of the table's columns.
+    pub fn insert_row(&self, columns: &[usize]) -> String {
+        let names = (self.table.key.iter().map(|k| k.sql.clone()))
+            .chain(columns.iter().map(|c| ident(&self.table.columns[*c].name)));
+        let count = self.table.key.len() + columns.len();
+        format!(
+            "INSERT INTO {}({}) VALUES({})",
+            ident(&self.table.name),
+            list(names, |n| n),
+            list(1..=count, |i| format!("?{i}"))
+        )
+    }
+
+    /// `k…`: takes a state out again.
+    pub fn remove_state(&self) -> String {
+        let key = join_and(0..self.table.key.len(), |i| format!("k{i} = ?{}", i + 1));
+        format!("DELETE FROM {} WHERE {key}", state_table(&self.table))
+    }
+
+    /// `k…, values…`: sets these of the table's columns.
+    pub fn update_row(&self, columns: &[usize]) -> String {
+        let keys = self.table.key.len();
+        let set = columns.iter().enumerate();
+        format!(
+            "UPDATE {} SET {} WHERE {}",
+            ident(&self.table.name),
+            list(set, |(i, c)| format!("{} = ?{}", ident(&self.table.columns[*c].name), keys + i + 1)),
+            join_and(0..keys, |i| format!("{} = ?{}", self.table.key[i].sql, i + 1))
+        )
+    }
+}
+
+fn join_and(items: impl Iterator<Item = usize>, f: impl FnMut(usize) -> String) -> String {
+    items.map(f).collect::<Vec<_>>().join(" AND ")
+}

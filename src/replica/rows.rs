@@ -1,0 +1,113 @@
+//! Rows of the file into frames. Invariant: state and values of a row are read by one statement.
+
+use std::sync::Arc;
+
+use rusqlite::Connection;
+
+use super::Result;
+use super::body::Body;
+use super::plan::Plan;
+use super::shadow::Sites;
+use crate::core::frame::{FrameWriter, RowVersions};
+use crate::core::merge::RowState;
+use crate::core::value::ValueRef;
+use crate::core::version::Version;
+use crate::sqlite::value::get;
+
+/// A frame is closed when it holds this much: large enough to compress well, small enough to be held at once.
+const FRAME_BYTES: usize = 512 * 1024;
+
+/// One changed row as it is read.
+pub struct ChangedRow<'r> {
+    /// Its key: as the row spells it, or the state's if the row is gone.
+    pub key: Vec<ValueRef<'r>>,
+    /// Its state.
+    pub state: RowState,
+    /// Whether the row is there.
+    pub present: bool,
+    /// Its values, if it is there.
+    pub values: Vec<ValueRef<'r>>,
+    plan: &'r Plan,
+}
+
+/// Writes rows into frames, and frames into a body.
+pub struct RowWriter {
+    default: Version,
+    frame: FrameWriter,
+    section: Option<i64>,
+    rows: u64,
+    columns: Vec<(u32, Version)>,
+}
+
+impl RowWriter {
+    /// A writer for rows most of which were born at `default`.
+    pub fn new(default: Version) -> Self {
+        Self { default, frame: FrameWriter::new(default), section: None, rows: 0, columns: Vec::new() }
+    }
+
+    /// Rows written so far.
+    pub fn rows(&self) -> u64 {
+        self.rows
+    }
+
+    /// Calls `visit` for every row of the table whose state changed in the range of lsn (after, up to).
+    pub fn each_changed(
+        &mut self,
+        conn: &Connection,
+        sites: &Sites,
+        plan: &Arc<Plan>,
+        range: (i64, i64),
+        mut visit: impl FnMut(&mut Self, &mut ChangedRow<'_>) -> Result<()>,
+    ) -> Result<()> {
+        let mut statement = conn.prepare_cached(&plan.changed)?;
+        let mut rows = statement.query(range)?;
+        let (keys, columns) = (plan.table.key.len(), plan.table.columns.len());
+        while let Some(row) = rows.next()? {
+            let present: bool = row.get(keys + 5)?;
+            let state = sites.read_state(row, keys)?;
+            let key_at = if present { keys + 6 } else { 0 };
+            let key = (key_at..key_at + keys).map(|i| get(row, i)).collect::<rusqlite::Result<_>>()?;
+            let from = keys * 2 + 6;
+            let values = if present { from..from + columns } else { 0..0 };
+            let values = values.map(|i| get(row, i)).collect::<rusqlite::Result<_>>()?;
+            visit(self, &mut ChangedRow { key, state, present, values, plan })?;
+        }
+        Ok(())
+    }
+
+    /// Adds a row to the frame.
+    pub fn push(&mut self, row: &ChangedRow<'_>) {
+        let table = &row.plan.table;
+        if self.section != Some(table.id) {
+            let keys: Vec<&str> = table.key.iter().map(|k| k.name.as_str()).collect();
+            let columns: Vec<&str> = table.columns.iter().map(|c| c.name.as_str()).collect();
+            self.frame.begin_section(&table.name, &keys, &columns);
+            self.section = Some(table.id);
+        }
+        self.columns.clear();
+        for (id, version) in &row.state.columns {
+            if let Some(place) = table.columns.iter().position(|c| c.id == *id) {
+                self.columns.push((place as u32, *version));
+            }
+        }
+        let versions = RowVersions { birth: row.state.birth, dead: row.state.dead, columns: &self.columns };
+        let values = if row.state.dead.is_some() { &[][..] } else { &row.values[..] };
+        self.frame.row(row.key.iter().copied(), versions, values.iter().copied());
+        self.rows += 1;
+    }
+
+    /// Closes the frame if it is large enough.
+    pub fn flush_if_full(&mut self, body: &mut Body) -> Result<()> {
+        if self.frame.len() < FRAME_BYTES { Ok(()) } else { self.flush(body) }
+    }
+
+    /// Closes the frame, if it holds anything, and appends it as a block.
+    pub fn flush(&mut self, body: &mut Body) -> Result<()> {
+        if self.frame.is_empty() {
+            return Ok(());
+        }
+        let full = std::mem::replace(&mut self.frame, FrameWriter::new(self.default));
+        self.section = None;
+        Ok(body.append_block(&full.finish())?)
+    }
+}

@@ -1,0 +1,104 @@
+//! Messages and commits into what the fabric carries. Invariant: what is sent was committed before.
+
+use std::collections::HashMap;
+
+use bytes::Bytes;
+use serde::de::DeserializeOwned;
+
+use super::Result;
+use super::absorb::OwnCommit;
+use crate::core::frame::WireError;
+use crate::core::message::{FRAGMENT_BYTES, Fragment, Message, decode, encode};
+use crate::core::names::NodeName;
+
+/// What may be held of one sender's unfinished message: a page of rows near SQLite's limit.
+const MAX_MESSAGE_BYTES: usize = 1_200_000_000;
+
+/// Cuts a commit into pieces and hands each to `send`.
+pub fn commit_pieces(own: &mut OwnCommit, mut send: impl FnMut(Bytes)) -> Result<()> {
+    let attempt = rand::random();
+    let header = encode(&own.header);
+    let mut data = (header.len() as u32).to_be_bytes().to_vec();
+    data.extend_from_slice(&header);
+    own.body.rewind()?;
+    let mut left = own.body.len();
+    for index in 0.. {
+        let more = own.body.next_bytes(FRAGMENT_BYTES.saturating_sub(data.len()))?;
+        left -= more.len() as u64;
+        data.extend_from_slice(&more);
+        let piece =
+            Fragment { attempt, index, last: left == 0, data: Bytes::from(std::mem::take(&mut data)) };
+        send(encode(&piece));
+        if left == 0 {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Cuts a message into pieces and hands each to `send`.
+pub fn message_pieces(message: &Message, mut send: impl FnMut(Bytes)) {
+    let whole = encode(message);
+    let attempt = rand::random();
+    let count = whole.len().div_ceil(FRAGMENT_BYTES);
+    for index in 0..count {
+        let data = whole.slice(index * FRAGMENT_BYTES..whole.len().min((index + 1) * FRAGMENT_BYTES));
+        send(encode(&Fragment { attempt, index: index as u32, last: index + 1 == count, data }));
+    }
+}
+
+/// Puts pieces of messages together again, one message a sender and attempt.
+#[derive(Default)]
+pub struct MessageAssembler {
+    partial: HashMap<NodeName, (u64, u32, Vec<u8>)>,
+}
+
+impl MessageAssembler {
+    /// Takes a piece; returns the message when it is whole.
+    pub fn push<T: DeserializeOwned>(
+        &mut self,
+        from: &NodeName,
+        payload: &[u8],
+    ) -> Result<Option<T>, WireError> {
+        let piece: Fragment = decode(payload)?;
+        if piece.index == 0 && piece.last {
+            return decode(&piece.data).map(Some);
+        }
+        if piece.index == 0 {
+            self.partial.insert(from.clone(), (piece.attempt, 0, Vec::new()));
+        }
+        let Some((attempt, next, data)) = self.partial.get_mut(from) else { return Ok(None) };
+        let fits = data.len() + piece.data.len() <= MAX_MESSAGE_BYTES;
+        if *attempt != piece.attempt || *next != piece.index || !fits {
+            self.partial.remove(from);
+            return if fits { Ok(None) } else { Err(WireError::TooLarge) };
+        }
+        data.extend_from_slice(&piece.data);
+        *next += 1;
+        if !piece.last {
+            return Ok(None);
+        }
+        let (_, _, data) = self.partial.remove(from).expect("it was just there");
+        decode(&data).map(Some)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::message::CopyPart;
+
+    #[test]
+    fn a_long_message_comes_back_whole() {
+        let data = Bytes::from(vec![3; FRAGMENT_BYTES * 2 + 17]);
+        let part = CopyPart { request: 1, copy: 2, size: 3, offset: 4, data, hash: None };
+        let message = Message::CopyPart(part);
+        let mut pieces = Vec::new();
+        message_pieces(&message, |p| pieces.push(p));
+        assert_eq!(pieces.len(), 3);
+        let mut assembler = MessageAssembler::default();
+        let from: NodeName = "a".parse().unwrap();
+        let got: Vec<_> = pieces.iter().map(|p| assembler.push::<Message>(&from, p).unwrap()).collect();
+        assert_eq!(got, [None, None, Some(message)]);
+    }
+}

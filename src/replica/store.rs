@@ -1,0 +1,213 @@
+//! A file that is being replicated: its connection and what is kept of it in memory. Invariant: after a failed
+//! transaction memory is read again from the file, so that the two never differ.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rusqlite::{Connection, OptionalExtension};
+
+use super::adopt;
+use super::plan::Plan;
+use super::shadow::Sites;
+use super::{ReplicaError, Result};
+use crate::core::capture::FILE_FORMAT;
+use crate::core::vector::{Point, Vector};
+use crate::core::version::{Hlc, SiteId};
+use crate::sqlite;
+
+/// A replicated file. One thread uses it.
+pub struct Store {
+    pub(super) conn: Connection,
+    pub(super) spool_dir: PathBuf,
+    pub(super) plans: Vec<Arc<Plan>>,
+    pub(super) sites: Sites,
+    pub(super) head: Head,
+    pub(super) schema_version: i64,
+    pub(super) notes: Vec<String>,
+    pub(super) null_keys: u64,
+}
+
+/// The numbers that change with every commit.
+#[derive(Debug, Clone)]
+pub struct Head {
+    /// What all files of this database in the mesh share.
+    pub lineage: u64,
+    /// This incarnation of the file.
+    pub site: SiteId,
+    /// The file's clock.
+    pub hlc: Hlc,
+    /// The counter of row states changed in this file.
+    pub lsn: i64,
+    /// What the file holds of every feed, its own included.
+    pub vector: Vector,
+}
+
+impl Store {
+    /// Opens a file that was adopted before.
+    pub fn open(path: &Path, spool_dir: &Path) -> Result<Self> {
+        Self::with_connection(sqlite::open_replica(path)?, spool_dir)
+    }
+
+    /// Takes over a connection to a file that was adopted before, in-memory ones included.
+    pub fn with_connection(conn: Connection, spool_dir: &Path) -> Result<Self> {
+        sqlite::configure(&conn)?;
+        let head = load_head(&conn)?;
+        let sites = Sites::load(&conn)?;
+        let mut store = Self {
+            conn,
+            spool_dir: spool_dir.to_owned(),
+            plans: Vec::new(),
+            sites,
+            head,
+            schema_version: -1,
+            notes: Vec::new(),
+            null_keys: 0,
+        };
+        store.write(|store| store.refresh_schema(false))?;
+        Ok(store)
+    }
+
+    /// The numbers as of the last transaction.
+    pub fn head(&self) -> &Head {
+        &self.head
+    }
+
+    /// The replicated tables.
+    pub fn plans(&self) -> &[Arc<Plan>] {
+        &self.plans
+    }
+
+    /// The file's path, as SQLite knows it.
+    pub fn path(&self) -> &str {
+        self.conn.path().unwrap_or_default()
+    }
+
+    /// What an operator should know, since the last time this was asked.
+    pub fn take_notes(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.notes)
+    }
+
+    /// How many changes were left out because their key is NULL, since the file was opened.
+    pub fn null_keys(&self) -> u64 {
+        self.null_keys
+    }
+
+    /// How many conflicts are kept.
+    pub fn conflict_count(&self) -> Result<u64> {
+        let mut count = self.conn.prepare_cached("SELECT count(*) FROM __litemesh_conflicts")?;
+        Ok(count.query_row([], |r| r.get::<_, i64>(0))? as u64)
+    }
+
+    /// Whether the application has written something that is not absorbed yet. Takes no lock that a writer waits for.
+    pub fn has_log(&self) -> Result<bool> {
+        let mut any = self.conn.prepare_cached("SELECT 1 FROM __litemesh_log LIMIT 1")?;
+        Ok(any.exists([])?)
+    }
+
+    /// Runs `work` in one write transaction; commits with everything on the disk, or leaves the file as it was.
+    pub fn write<T>(&mut self, work: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
+        self.conn.prepare_cached("BEGIN IMMEDIATE")?.execute([])?;
+        let result = work(self).and_then(|value| {
+            self.conn.prepare_cached("COMMIT")?.execute([])?;
+            Ok(value)
+        });
+        if result.is_err() {
+            if !self.conn.is_autocommit() {
+                self.conn.execute_batch("ROLLBACK")?;
+            }
+            self.head = load_head(&self.conn)?;
+            self.sites = Sites::load(&self.conn)?;
+            // The schema is read again by the next transaction.
+            self.schema_version = -1;
+        }
+        result
+    }
+
+    /// Reads the schema again if it has changed; puts back what of ours is missing. Within a transaction.
+    pub(super) fn refresh_schema(&mut self, force: bool) -> Result<()> {
+        let mut ask = self.conn.prepare_cached("PRAGMA schema_version")?;
+        let version: i64 = ask.query_row([], |r| r.get(0))?;
+        drop(ask);
+        if version == self.schema_version && !force {
+            return Ok(());
+        }
+        adopt::refresh(self)?;
+        self.schema_version = self.conn.pragma_query_value(None, "schema_version", |r| r.get(0))?;
+        Ok(())
+    }
+
+    pub(super) fn plan(&self, name: &str) -> Option<Arc<Plan>> {
+        self.plans.iter().find(|p| p.table.name.eq_ignore_ascii_case(name)).cloned()
+    }
+
+    pub(super) fn next_lsn(&mut self) -> i64 {
+        self.head.lsn += 1;
+        self.head.lsn
+    }
+
+    /// Writes clock and lsn.
+    pub(super) fn save_clock(&self) -> Result<()> {
+        let sql = "INSERT OR REPLACE INTO __litemesh_clock(id, hlc, lsn) VALUES(1, ?1, ?2)";
+        self.conn.prepare_cached(sql)?.execute((self.head.hlc.0 as i64, self.head.lsn))?;
+        Ok(())
+    }
+
+    /// Raises one feed's head, in the file and in memory.
+    pub(super) fn raise(&mut self, site: SiteId, point: Point) -> Result<()> {
+        let index = self.sites.index(&self.conn, site)?;
+        let sql = "UPDATE __litemesh_site SET n = ?2, hlc = ?3, id = ?4 WHERE idx = ?1 AND n < ?2";
+        let values = (index, point.n as i64, point.hlc.0 as i64, point.id as i64);
+        self.conn.prepare_cached(sql)?.execute(values)?;
+        self.head.vector.raise(site, point);
+        Ok(())
+    }
+
+    /// The lsn of a peer's file up to which this file has everything.
+    pub fn peer_lsn(&self, peer: SiteId) -> Result<i64> {
+        let mut ask = self.conn.prepare_cached("SELECT lsn FROM __litemesh_peer WHERE site = ?1")?;
+        Ok(ask.query_row([peer.0 as i64], |r| r.get(0)).optional()?.unwrap_or(0))
+    }
+
+    /// Notes that this file has everything of a peer's file up to `lsn`.
+    pub(super) fn save_peer_lsn(&self, peer: SiteId, lsn: i64) -> Result<()> {
+        let sql = "INSERT INTO __litemesh_peer(site, lsn) VALUES(?1, ?2)
+                   ON CONFLICT(site) DO UPDATE SET lsn = excluded.lsn WHERE excluded.lsn > lsn";
+        self.conn.prepare_cached(sql)?.execute((peer.0 as i64, lsn))?;
+        Ok(())
+    }
+
+    /// Reads a value of ours from the file.
+    pub fn meta<T: rusqlite::types::FromSql>(conn: &Connection, key: &str) -> rusqlite::Result<Option<T>> {
+        conn.query_row("SELECT value FROM __litemesh_meta WHERE key = ?1", [key], |r| r.get(0)).optional()
+    }
+
+    /// Writes a value of ours into the file.
+    pub fn set_meta(conn: &Connection, key: &str, value: impl rusqlite::ToSql) -> rusqlite::Result<()> {
+        let sql = "INSERT OR REPLACE INTO __litemesh_meta(key, value) VALUES(?1, ?2)";
+        conn.execute(sql, rusqlite::params![key, value]).map(|_| ())
+    }
+}
+
+fn load_head(conn: &Connection) -> Result<Head> {
+    let format: Option<i64> = Store::meta(conn, "format")?;
+    if format != Some(FILE_FORMAT) {
+        let found = format.map_or_else(|| "none".to_owned(), |f| f.to_string());
+        return Err(ReplicaError::Unfit(format!(
+            "the file has litemesh tables of format {found}, this litemesh reads {FILE_FORMAT}: use the litemesh that \
+             wrote it, or 'litemesh detach' the file and adopt it again"
+        )));
+    }
+    let missing = |what: &str| ReplicaError::Unfit(format!("the file's litemesh tables lack the {what}"));
+    let lineage: i64 = Store::meta(conn, "lineage")?.ok_or_else(|| missing("lineage"))?;
+    let site: i64 = Store::meta(conn, "site")?.ok_or_else(|| missing("site"))?;
+    let clock = "SELECT hlc, lsn FROM __litemesh_clock WHERE id = 1";
+    let (hlc, lsn) = conn.query_row(clock, [], |r| Ok((r.get::<_, i64>(0)?, r.get(1)?)))?;
+    let mut vector = Vector::default();
+    let mut statement = conn.prepare("SELECT site, n, hlc, id FROM __litemesh_site WHERE n > 0")?;
+    let mut rows = statement.query([])?;
+    while let Some(r) = rows.next()? {
+        let number = |i| r.get::<_, i64>(i).map(|v| v as u64);
+        vector.raise(SiteId(number(0)?), Point { n: number(1)?, hlc: Hlc(number(2)?), id: number(3)? });
+    }
+    Ok(Head { lineage: lineage as u64, site: SiteId(site as u64), hlc: Hlc(hlc as u64), lsn, vector })
+}
