@@ -368,7 +368,9 @@ impl Engine {
                 }
             }
             let mut rest = batch.into_iter().skip(applied.count);
-            if let (Some(error), Some(stopped)) = (applied.stopped, rest.next()) {
+            if let Some(error) = applied.stopped
+                && let Some(stopped) = rest.next()
+            {
                 self.stop_feed(stopped, &error.to_string(), now_ms);
             }
             rest.for_each(|c| self.add_pending(c));

@@ -32,8 +32,8 @@ pub struct Applied {
 }
 
 impl Store {
-    /// Absorbs, then applies commits in order, in one transaction. The first that cannot be applied ends the batch
-    /// and leaves no trace.
+    /// Absorbs, then applies commits in order, in one transaction, perhaps not all of them. The first that cannot be
+    /// applied ends the batch and leaves no trace.
     pub fn apply(&mut self, commits: &mut [PeerCommit]) -> Result<Applied> {
         self.write(|store| {
             let mut applied = Applied { own: store.absorb_pending()?, ..Applied::default() };
@@ -44,6 +44,11 @@ impl Store {
                     Ok(()) => {
                         store.conn.prepare_cached("RELEASE one")?.execute([])?;
                         applied.count += 1;
+                        // A unique conflict was settled by a write of ours: it is absorbed before anything else
+                        // meets the rows it changed.
+                        if store.has_log()? {
+                            break;
+                        }
                     }
                     Err(e) if e.is_passing() => return Err(e),
                     Err(e) => {
