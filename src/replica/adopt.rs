@@ -93,7 +93,10 @@ pub(super) fn refresh(store: &mut Store) -> Result<()> {
     if first {
         Store::set_meta(&store.conn, "adopted", 1)?;
     }
-    place_temp_triggers(store, &schema)
+    let replicated = store.plans.iter().map(|p| p.table.name.to_lowercase()).collect();
+    let notes = place_temp_triggers(&store.conn, &schema, &replicated)?;
+    store.notes.extend(notes);
+    Ok(())
 }
 
 /// Why a table cannot be replicated at all.
@@ -233,9 +236,12 @@ fn trigger_writes(conn: &Connection, schema: &Schema) -> Result<BTreeMap<String,
 }
 
 /// Triggers that only keep unreplicated tables (full-text indexes) up to date run on every node, as TEMP triggers of
-/// our connection. The others' effects arrive as rows.
-fn place_temp_triggers(store: &mut Store, schema: &Schema) -> Result<()> {
-    let conn = &store.conn;
+/// our connection. The others' effects arrive as rows. Returns what an operator should know.
+pub(super) fn place_temp_triggers(
+    conn: &Connection,
+    schema: &Schema,
+    replicated: &BTreeSet<String>,
+) -> Result<Vec<String>> {
     let mut old =
         conn.prepare("SELECT name FROM temp.sqlite_schema WHERE type = 'trigger' AND name LIKE ?1")?;
     let names = old.query_map([format!("{TEMP_PREFIX}%")], |r| r.get::<_, String>(0))?;
@@ -244,11 +250,11 @@ fn place_temp_triggers(store: &mut Store, schema: &Schema) -> Result<()> {
     for name in names {
         conn.execute_batch(&format!("DROP TRIGGER temp.{}", ident(&name)))?;
     }
+    let mut notes = Vec::new();
     if schema.triggers.is_empty() {
-        return Ok(());
+        return Ok(notes);
     }
     let writes = trigger_writes(conn, schema)?;
-    let replicated: BTreeSet<String> = store.plans.iter().map(|p| p.table.name.to_lowercase()).collect();
     for (i, trigger) in schema.triggers.iter().enumerate() {
         if !replicated.contains(&trigger.table.to_lowercase()) {
             continue;
@@ -259,10 +265,10 @@ fn place_temp_triggers(store: &mut Store, schema: &Schema) -> Result<()> {
             let body = trigger_body(&trigger.sql).unwrap_or_default();
             conn.execute_batch(&format!("CREATE TEMP TRIGGER {TEMP_PREFIX}{i} {body}"))?;
         } else if local > 0 {
-            store.notes.push(mixed_trigger(trigger));
+            notes.push(mixed_trigger(trigger));
         }
     }
-    Ok(())
+    Ok(notes)
 }
 
 fn mixed_trigger(trigger: &AppTrigger) -> String {

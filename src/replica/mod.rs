@@ -7,6 +7,7 @@ pub mod apply;
 pub mod assemble;
 pub mod body;
 pub mod conflict;
+pub mod copy;
 pub mod engine;
 pub mod page;
 pub mod plan;
@@ -15,6 +16,8 @@ pub mod send;
 pub mod shadow;
 pub mod store;
 pub mod unique;
+pub mod watch;
+pub mod worker;
 
 use crate::core::frame::WireError;
 use crate::sqlite::OpenError;

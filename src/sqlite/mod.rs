@@ -103,10 +103,21 @@ pub fn open_replica(path: &Path) -> Result<Connection, OpenError> {
     open().unwrap_or_else(|e| Err(OpenError::of(path, e)))
 }
 
+/// Waits for an application's transaction: often and shortly at first, because most of them are short.
+fn wait_for_writer(tries: i32) -> bool {
+    let pause = match tries {
+        0..20 => Duration::from_micros(200),
+        20..100 => Duration::from_millis(1),
+        _ => Duration::from_millis(5),
+    };
+    std::thread::sleep(pause);
+    pause * u32::try_from(tries).unwrap_or(u32::MAX) < BUSY_TIMEOUT
+}
+
 /// Makes a connection fit for replication: no triggers but TEMP ones, no enforcement that the origin has done,
 /// every commit of ours on the disk before it is sent.
 pub fn configure(conn: &Connection) -> rusqlite::Result<()> {
-    conn.busy_timeout(BUSY_TIMEOUT)?;
+    conn.busy_handler(Some(wait_for_writer))?;
     conn.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_TRIGGER, false)?;
     conn.set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, false)?;
     conn.query_row("SELECT count(*) FROM sqlite_schema", [], |_| Ok(()))?;
@@ -118,6 +129,17 @@ pub fn configure(conn: &Connection) -> rusqlite::Result<()> {
     conn.pragma_update(None, "temp_store", "MEMORY")?;
     conn.set_prepared_statement_cache_capacity(STATEMENT_CACHE);
     Ok(())
+}
+
+/// Creates an empty database where there is no file.
+pub fn create(path: &Path) -> Result<(), OpenError> {
+    let create = || -> rusqlite::Result<()> {
+        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE;
+        let conn = Connection::open_with_flags(path, flags | OpenFlags::SQLITE_OPEN_NO_MUTEX)?;
+        conn.pragma_update(None, "journal_mode", "WAL")?;
+        conn.execute_batch("BEGIN IMMEDIATE; PRAGMA application_id = 0; COMMIT")
+    };
+    create().map_err(|e| OpenError::of(path, e))
 }
 
 /// Puts the file into WAL mode, which lasts; returns whether that was a change.
