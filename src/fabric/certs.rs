@@ -3,12 +3,14 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
     KeyUsagePurpose, PKCS_ED25519, SanType, SerialNumber, date_time_ymd,
 };
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer};
+use rustls::{ClientConfig, RootCertStore};
 
 use super::keys::MeshKey;
 use super::private_file::{self, StateFileError};
@@ -75,6 +77,17 @@ impl NodeCerts {
         Ok(files)
     }
 
+    /// For connections of our own to a node of the mesh: it must have a certificate of our CA, and gets ours.
+    pub fn client_config(&self) -> Result<ClientConfig, rustls::Error> {
+        let mut roots = RootCertStore::empty();
+        roots.add(self.ca_der().clone())?;
+        let key = PrivatePkcs8KeyDer::from(self.key.serialize_der());
+        ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+            .with_safe_default_protocol_versions()?
+            .with_root_certificates(roots)
+            .with_client_auth_cert(vec![self.certificate_der().clone()], key.into())
+    }
+
     /// The CA's certificate.
     pub fn ca_der(&self) -> &CertificateDer<'static> {
         self.ca.der()
@@ -83,11 +96,6 @@ impl NodeCerts {
     /// The node's certificate.
     pub fn certificate_der(&self) -> &CertificateDer<'static> {
         self.certificate.der()
-    }
-
-    /// The node's private key.
-    pub fn key_der(&self) -> PrivateKeyDer<'static> {
-        PrivatePkcs8KeyDer::from(self.key.serialize_der()).into()
     }
 }
 
@@ -133,8 +141,6 @@ fn node_params(node: &str, hosts: &[String]) -> Result<CertificateParams, rcgen:
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use rustls::client::WebPkiServerVerifier;
     use rustls::client::danger::ServerCertVerifier;
     use rustls::crypto::ring::default_provider;

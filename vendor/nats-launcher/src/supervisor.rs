@@ -109,6 +109,7 @@ pub enum ServerEvent {
 enum Message {
     Stop,
     Kill,
+    Replace,
     Reload,
     Ready,
     Exited(LastWords),
@@ -171,6 +172,11 @@ impl Supervisor {
     /// Makes the server read its configuration again (SIGHUP).
     pub fn reload(&self) {
         self.tell(Message::Reload);
+    }
+
+    /// Kills a server that hangs. The next one is started as after any death.
+    pub fn kill_and_restart(&self) {
+        self.tell(Message::Replace);
     }
 
     /// SIGTERM, the grace period, SIGKILL. Blocks until the server is gone.
@@ -275,6 +281,7 @@ impl Run {
                     (self.on_event)(ServerEvent::Ready { pid: child.id() });
                 }
                 Ok(Message::Reload) => signal(pid, Signal::HUP),
+                Ok(Message::Replace) => signal(pid, Signal::KILL),
                 Ok(Message::Stop) => {
                     stopping = true;
                     signal(pid, Signal::TERM);
