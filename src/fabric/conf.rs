@@ -151,7 +151,7 @@ fn quote(text: &str) -> String {
 mod tests {
     use super::*;
 
-    fn text(change: impl FnOnce(&mut ServerConf<'_>)) -> String {
+    fn text(advertise: Option<&Address>, change: impl FnOnce(&mut ServerConf<'_>)) -> String {
         let certs = CertFiles { ca: "/s/ca".into(), certificate: "/s/crt".into(), key: "/s/key".into() };
         let accounts = Accounts::generate().expect("randomness");
         let routes = ["10.0.0.2:6222".parse().expect("an address"), "[::1]:7".parse().expect("an address")];
@@ -162,7 +162,7 @@ mod tests {
             monitor: "127.0.0.1:1".parse().expect("an address"),
             gate: Some("127.0.0.1:2".parse().expect("an address")),
             cluster: "[::]:6222".parse().expect("an address"),
-            advertise: None,
+            advertise,
             routes: &routes,
             store_dir: Path::new("/state/a \"b\"\\c"),
             store_limit_mib: 2,
@@ -175,7 +175,7 @@ mod tests {
 
     #[test]
     fn says_what_the_design_needs() {
-        let text = text(|_| {});
+        let text = text(None, |_| {});
         for wanted in [
             "server_name: \"a\"",
             "server_tags: [\"node:a\"]",
@@ -199,17 +199,14 @@ mod tests {
 
     #[test]
     fn what_is_open_to_others_is_encrypted() {
-        let text = text(|conf| conf.client = "0.0.0.0:4222".parse().expect("an address"));
+        let text = text(None, |conf| conf.client = "0.0.0.0:4222".parse().expect("an address"));
         assert!(text.contains("\ntls { cert_file: \"/s/crt\", key_file: \"/s/key\" }"));
     }
 
     #[test]
     fn advertise_and_no_gate() {
         let address: Address = "a.example:6222".parse().expect("an address");
-        let text = text(|conf| {
-            conf.advertise = Some(&address);
-            conf.gate = None;
-        });
+        let text = text(Some(&address), |conf| conf.gate = None);
         assert!(text.contains("cluster_advertise: \"a.example:6222\"") && !text.contains("leafnodes"));
     }
 }

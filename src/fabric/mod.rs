@@ -13,6 +13,7 @@ pub mod keys;
 pub mod link;
 mod log_stream;
 mod members;
+pub mod memory;
 mod monitor;
 mod nats;
 mod options;
