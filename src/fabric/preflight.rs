@@ -9,7 +9,7 @@ use std::time::Duration;
 use rustls::pki_types::ServerName;
 use rustls::{AlertDescription, CertificateError};
 use serde_json::Value;
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt, BufReader};
 use tokio::net::{TcpStream, lookup_host};
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
@@ -19,6 +19,8 @@ use super::certs::{COMMON_NAME, NodeCerts};
 
 const DIAL_PATIENCE: Duration = Duration::from_secs(3);
 const ANSWER_PATIENCE: Duration = Duration::from_secs(3);
+/// Who sends his first line unasked does so at once.
+const PLAIN_PATIENCE: Duration = Duration::from_millis(500);
 const MAX_INFO: u64 = 64 * 1024;
 
 /// Why a peer cannot be joined at an address.
@@ -129,12 +131,37 @@ pub async fn any(addresses: &[Address], certs: &NodeCerts) -> Result<Peer, Prefl
 
 /// Whether the node at `address` is of the mesh of `certs` and takes us for one of it too.
 pub async fn check(address: &Address, certs: &NodeCerts) -> Result<Peer, PreflightError> {
-    let mut stream = BufReader::new(dial(address).await?);
-    let info = read_info(&mut stream, address).await?;
-    // What came behind the INFO would be lost; before the handshake nothing does.
-    let stream = shake_hands(stream.into_inner(), address, certs).await?;
-    await_acceptance(stream, address).await?;
+    let stream = match shake_hands(dial(address).await?, address, certs).await {
+        // Whatever does not speak TLS may say in plain text what it is.
+        Err(PreflightError::Tls { reason, .. }) => return Err(identify(address, reason).await),
+        result => result?,
+    };
+    // With TLS 1.3 our side of the handshake is done before the peer has looked at our certificate: what it thinks of
+    // it shows on the first read. A member says who it is.
+    let info = match timeout(ANSWER_PATIENCE, read_info(BufReader::new(stream))).await {
+        Ok(Ok(info)) => info,
+        Ok(Err(e)) => return Err(classify(&e, address)),
+        Err(_) => {
+            let source = io::ErrorKind::TimedOut.into();
+            return Err(PreflightError::Unreachable { address: address.clone(), source });
+        }
+    };
     Ok(Peer { name: info["server_name"].as_str().unwrap_or_default().to_owned(), address: address.clone() })
+}
+
+/// What listens at an address that is no cluster port.
+async fn identify(address: &Address, reason: String) -> PreflightError {
+    let not_a_peer = |what| PreflightError::NotAPeer { address: address.clone(), what };
+    let stream = match dial(address).await {
+        Ok(stream) => stream,
+        Err(error) => return error,
+    };
+    match timeout(PLAIN_PATIENCE, read_info(BufReader::new(stream))).await {
+        Ok(Ok(info)) if !info["client_id"].is_null() => not_a_peer("a nats-server's client port"),
+        Ok(Ok(_)) => not_a_peer("a port of some other nats-server"),
+        Ok(Err(e)) if e.kind() == io::ErrorKind::InvalidData => not_a_peer("no nats-server"),
+        Ok(Err(_)) | Err(_) => PreflightError::Tls { address: address.clone(), reason },
+    }
 }
 
 async fn dial(address: &Address) -> Result<TcpStream, PreflightError> {
@@ -163,24 +190,14 @@ async fn dial(address: &Address) -> Result<TcpStream, PreflightError> {
     }
 }
 
-async fn read_info(stream: &mut BufReader<TcpStream>, address: &Address) -> Result<Value, PreflightError> {
-    let not_a_peer = |what| PreflightError::NotAPeer { address: address.clone(), what };
+async fn read_info(mut stream: impl AsyncBufRead + Unpin) -> io::Result<Value> {
     let mut line = Vec::new();
-    let read = timeout(ANSWER_PATIENCE, stream.take(MAX_INFO).read_until(b'\n', &mut line)).await;
-    if !matches!(read, Ok(Ok(_))) || !line.starts_with(b"INFO ") {
-        return Err(not_a_peer("no nats-server"));
+    (&mut stream).take(MAX_INFO).read_until(b'\n', &mut line).await?;
+    if line.is_empty() {
+        return Err(io::ErrorKind::UnexpectedEof.into());
     }
-    let info: Value =
-        serde_json::from_slice(&line["INFO ".len()..]).map_err(|_| not_a_peer("no nats-server"))?;
-    if !info["client_id"].is_null() {
-        return Err(not_a_peer("a nats-server's client port"));
-    }
-    if info["tls_required"] != Value::Bool(true)
-        || info["cluster"].as_str().is_none_or(|c| !c.starts_with("lm-"))
-    {
-        return Err(not_a_peer("a port of some other nats-server"));
-    }
-    Ok(info)
+    let json = line.strip_prefix(b"INFO ").ok_or(io::ErrorKind::InvalidData)?;
+    serde_json::from_slice(json).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
 }
 
 type Tls = tokio_rustls::client::TlsStream<TcpStream>;
@@ -196,28 +213,6 @@ async fn shake_hands(stream: TcpStream, address: &Address, certs: &NodeCerts) ->
         Ok(Ok(stream)) => Ok(stream),
         Ok(Err(e)) => Err(classify(&e, address)),
         Err(_) => Err(tls_failed("the handshake does not end".to_owned())),
-    }
-}
-
-/// With TLS 1.3 our side of the handshake is done before the peer has looked at our certificate: it says what it
-/// thinks of it on the first read. A member answers to a PING that comes before CONNECT, with an error.
-async fn await_acceptance(mut stream: Tls, address: &Address) -> Result<(), PreflightError> {
-    let exchange = async {
-        stream.write_all(b"PING\r\n").await?;
-        stream.flush().await?;
-        let mut answer = [0; 64];
-        match stream.read(&mut answer).await? {
-            0 => Err(io::ErrorKind::UnexpectedEof.into()),
-            _ => Ok(()),
-        }
-    };
-    match timeout(ANSWER_PATIENCE, exchange).await {
-        Ok(Ok(())) => Ok(()),
-        Ok(Err(e)) => Err(classify(&e, address)),
-        Err(_) => Err(PreflightError::Unreachable {
-            address: address.clone(),
-            source: io::ErrorKind::TimedOut.into(),
-        }),
     }
 }
 

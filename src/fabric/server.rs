@@ -6,7 +6,7 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use nats_launcher::{Backoff, Exit, ExitCause, ServerEvent, ServerSpec, Supervisor};
+use nats_launcher::{Backoff, Exit, ExitCause, READY, ROUTES_READY, ServerEvent, ServerSpec, Supervisor};
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 use tracing::{info, warn};
@@ -61,6 +61,8 @@ impl Server {
             binary: binary.to_owned(),
             args: vec!["-c".into(), conf_path.into()],
             memory_limit_mib,
+            // A port that is taken is told before this, whichever it is.
+            ready_when: vec![READY, ROUTES_READY],
             grace: GRACE,
             backoff: Backoff::default(),
         };

@@ -2,6 +2,8 @@
 
 use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -9,6 +11,7 @@ use litemesh::core::names::NodeName;
 use litemesh::fabric::accounts::{Accounts, MESH_USER};
 use litemesh::fabric::link::{Incoming, Outgoing};
 use litemesh::fabric::{Fabric, FabricError, FabricOptions, JoinToken, StateDir};
+use rustix::process::{Pid, test_kill_process};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::sync::mpsc::Receiver;
@@ -89,6 +92,14 @@ impl Node {
         timeout(PATIENCE, wait).await.expect("the message arrives")
     }
 
+    /// As a power cut would end it: nothing is flushed, the server gets no signal it could handle.
+    pub async fn kill_9(self) {
+        let pid = self.fabric.server_info().await.pid.expect("it runs");
+        drop(self);
+        let pid = Pid::from_raw(i32::try_from(pid).expect("an id")).expect("not zero");
+        eventually("the server is gone", async || test_kill_process(pid).is_err()).await;
+    }
+
     pub async fn log_exists(&self) {
         eventually("the log's stream is made", async || self.fabric.server_info().await.log.exists).await;
     }
@@ -96,6 +107,50 @@ impl Node {
     pub async fn connected_to(&self, peer: &str) {
         let connected = async || self.fabric.server_info().await.routes.iter().any(|name| name == peer);
         eventually("the servers are connected", connected).await;
+    }
+}
+
+/// Two nodes of one mesh that hear each other.
+pub async fn pair(a_site: &Site, b_site: &Site) -> (Node, Node) {
+    let mut a = a_site.start(None).await;
+    let mut b = b_site.start(Some(a.fabric.join_token().expect("a token"))).await;
+    until_heard(&a, &mut b, "hello b").await;
+    until_heard(&b, &mut a, "hello a").await;
+    // What was said more often than it had to be must not turn up in a test.
+    a.fabric.flush().await.expect("flushed");
+    while b.incoming.try_recv().is_ok() {}
+    (a, b)
+}
+
+/// A commit of site 7 of the database `app`.
+pub fn commit(payload: &'static [u8]) -> Outgoing {
+    let db = "app".parse().expect("a name");
+    Outgoing::Commit { db, site: 7, payload: Bytes::from_static(payload) }
+}
+
+/// Passes connections on, and counts them.
+pub struct Relay(Arc<AtomicUsize>);
+
+impl Relay {
+    pub async fn start(to: SocketAddr) -> (SocketAddr, Self) {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("bound");
+        let count = Arc::new(AtomicUsize::new(0));
+        let counter = count.clone();
+        tokio::spawn(async move {
+            while let Ok((mut near, _)) = listener.accept().await {
+                counter.fetch_add(1, Ordering::Relaxed);
+                tokio::spawn(async move {
+                    let mut far = tokio::net::TcpStream::connect(to).await?;
+                    tokio::io::copy_bidirectional(&mut near, &mut far).await
+                });
+            }
+        });
+        (address, Self(count))
+    }
+
+    pub fn count(&self) -> usize {
+        self.0.load(Ordering::Relaxed)
     }
 }
 
@@ -137,9 +192,10 @@ pub async fn log_messages(client: &async_nats::Client, node: &NodeName) -> Optio
     info["state"]["messages"].as_u64()
 }
 
-/// The last message on a subject of a node's log, read without any leader.
-pub async fn last_logged(client: &async_nats::Client, node: &NodeName, subject: &str) -> Option<Bytes> {
+/// The last commit of [`commit`]'s site in a node's log, read without any leader.
+pub async fn last_logged(client: &async_nats::Client, node: &NodeName) -> Option<Bytes> {
     let name = litemesh::fabric::stream_name(node);
+    let subject = format!("lm.c.{node}.app.0000000000000007");
     let request = client.request(format!("$JS.API.DIRECT.GET.{name}.{subject}"), Bytes::new());
     let answer = timeout(Duration::from_secs(1), request).await.ok()?.ok()?;
     answer.headers.is_some().then_some(answer.payload)

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use nats_launcher::{Backoff, Bundle, ServerEvent, ServerSpec, Supervisor};
+use nats_launcher::{Backoff, Bundle, READY, ServerEvent, ServerSpec, Supervisor};
 
 fn main() {
     let mut args = std::env::args_os().skip(1);
@@ -13,6 +13,7 @@ fn main() {
         binary,
         args: args.collect(),
         memory_limit_mib: None,
+        ready_when: vec![READY],
         grace: Duration::from_secs(5),
         backoff: Backoff::default(),
     };

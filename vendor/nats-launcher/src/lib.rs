@@ -10,4 +10,4 @@ mod supervisor;
 
 pub use bundle::{Bundle, BundleInfo, LICENSE};
 pub use error::LaunchError;
-pub use supervisor::{Backoff, Exit, ExitCause, ServerEvent, ServerSpec, Supervisor};
+pub use supervisor::{Backoff, Exit, ExitCause, READY, ROUTES_READY, ServerEvent, ServerSpec, Supervisor};

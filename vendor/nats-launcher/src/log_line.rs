@@ -54,11 +54,6 @@ impl<'a> LogLine<'a> {
         }
     }
 
-    /// The server has opened its client listener and its storage.
-    pub(crate) fn says_ready(&self) -> bool {
-        self.level == Level::Info && self.text == "Server is ready"
-    }
-
     /// The address of a listener that another process holds.
     pub(crate) fn port_taken(&self) -> Option<String> {
         if !self.text.contains("address already in use") {
@@ -78,8 +73,6 @@ mod tests {
         let line = LogLine::parse("[71] 2026/01/02 03:04:05.678901 [WRN] slow [INF] consumer\n");
         assert_eq!(line, LogLine { level: Level::Warn, text: "slow [INF] consumer" });
         assert_eq!(LogLine::parse("panic: oh").level, Level::Error);
-        assert!(LogLine::parse("[1] 2026/01/02 03:04:05.0 [INF] Server is ready").says_ready());
-        assert!(!LogLine::parse("[1] 2026/01/02 03:04:05.0 [ERR] Server is ready").says_ready());
     }
 
     #[test]

@@ -40,6 +40,12 @@ impl Default for Backoff {
     }
 }
 
+/// The line that says that the client listener and the storage are open.
+pub const READY: &str = "Server is ready";
+
+/// The line that says that the listener for other servers is open. It may come after [`READY`].
+pub const ROUTES_READY: &str = "Listening for route connections on ";
+
 /// What to run.
 #[derive(Debug, Clone)]
 pub struct ServerSpec {
@@ -51,6 +57,8 @@ pub struct ServerSpec {
     pub args: Vec<OsString>,
     /// The size at which Go's runtime begins to collect hard.
     pub memory_limit_mib: Option<u64>,
+    /// It is ready when it has written lines that begin with each of these, in any order: see [`READY`].
+    pub ready_when: Vec<&'static str>,
     /// Time between SIGTERM and SIGKILL.
     pub grace: Duration,
     /// Time between a death and the next start.
@@ -92,7 +100,7 @@ pub enum ServerEvent {
         /// Its id.
         pid: u32,
     },
-    /// It has opened its client listener and its storage.
+    /// It has written all lines of [`ServerSpec::ready_when`].
     Ready {
         /// Its id.
         pid: u32,
@@ -252,9 +260,14 @@ impl Run {
         let mut child = spawn(&mut command)?;
         let guard = if cfg!(target_os = "linux") { None } else { Guard::start(child.id()).ok() };
         let stderr = child.stderr.take().expect("stderr is piped");
-        let (pid, name, mailbox) = (pid_of(&child), self.spec.name.clone(), self.mailbox.clone());
-        let listener = thread::Builder::new().name("nats-log".to_owned());
-        if let Err(e) = listener.spawn(move || listen(stderr, pid, &name, &mailbox)) {
+        let listener = Listener {
+            pid: pid_of(&child),
+            name: self.spec.name.clone(),
+            awaited: self.spec.ready_when.clone(),
+            mailbox: self.mailbox.clone(),
+        };
+        let thread = thread::Builder::new().name("nats-log".to_owned());
+        if let Err(e) = thread.spawn(move || listener.run(stderr)) {
             let _ = child.kill();
             let _ = child.wait();
             return Err(e);
@@ -328,26 +341,47 @@ fn signal(pid: Pid, signal: Signal) {
     }
 }
 
-/// Relays the log until the server closes it, then waits for its end without reaping it.
-fn listen(stderr: ChildStderr, pid: Pid, name: &str, mailbox: &Sender<Message>) {
-    let mut words = LastWords::default();
-    let mut reader = BufReader::new(stderr);
-    let mut raw = Vec::new();
-    while reader.read_until(b'\n', &mut raw).is_ok_and(|n| n > 0) {
-        let text = String::from_utf8_lossy(&raw);
-        let line = LogLine::parse(text.trim_end());
-        line.relay(name);
+/// Reads one server's log.
+struct Listener {
+    pid: Pid,
+    name: String,
+    /// What it still has to say to be ready.
+    awaited: Vec<&'static str>,
+    mailbox: Sender<Message>,
+}
+
+impl Listener {
+    /// Relays the log until the server closes it, then waits for its end without reaping it.
+    fn run(mut self, stderr: ChildStderr) {
+        let mut words = LastWords::default();
+        let mut reader = BufReader::new(stderr);
+        let mut raw = Vec::new();
+        while reader.read_until(b'\n', &mut raw).is_ok_and(|n| n > 0) {
+            self.take_in(&LogLine::parse(String::from_utf8_lossy(&raw).trim_end()), &mut words);
+            raw.clear();
+        }
+        while waitid(WaitId::Pid(self.pid), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT)
+            .is_err_and(|e| e == rustix::io::Errno::INTR)
+        {}
+        self.tell(Message::Exited(words));
+    }
+
+    fn take_in(&mut self, line: &LogLine<'_>, words: &mut LastWords) {
+        line.relay(&self.name);
         if matches!(line.level, Level::Error | Level::Fatal) {
-            words.port_taken = line.port_taken().or(words.port_taken);
+            words.port_taken = line.port_taken().or(words.port_taken.take());
             words.message = Some(line.text.to_owned());
         }
-        if line.says_ready() {
-            let _ = mailbox.send(Message::Ready);
+        if line.level == Level::Info && !self.awaited.is_empty() {
+            self.awaited.retain(|beginning| !line.text.starts_with(beginning));
+            if self.awaited.is_empty() {
+                self.tell(Message::Ready);
+            }
         }
-        raw.clear();
     }
-    while waitid(WaitId::Pid(pid), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT)
-        .is_err_and(|e| e == rustix::io::Errno::INTR)
-    {}
-    let _ = mailbox.send(Message::Exited(words));
+
+    /// A supervisor that no longer listens has reaped its server.
+    fn tell(&self, message: Message) {
+        let _ = self.mailbox.send(message);
+    }
 }

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
 
-use nats_launcher::{Backoff, Bundle, ExitCause, ServerEvent, ServerSpec, Supervisor};
+use nats_launcher::{Backoff, Bundle, ExitCause, READY, ServerEvent, ServerSpec, Supervisor};
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -22,6 +22,7 @@ fn start(dir: &Path, port: u16, backoff: Backoff) -> (Supervisor, Receiver<Serve
         binary: Bundle::install(dir).expect("a server"),
         args: ["-a", "127.0.0.1", "-p", &port.to_string()].map(Into::into).to_vec(),
         memory_limit_mib: Some(64),
+        ready_when: vec![READY],
         grace: Duration::from_secs(5),
         backoff,
     };
@@ -124,6 +125,7 @@ fn what_cannot_be_started_is_told_and_can_be_stopped() {
         binary: PathBuf::from("/nowhere/nats-server"),
         args: Vec::new(),
         memory_limit_mib: None,
+        ready_when: vec![READY],
         grace: Duration::from_secs(1),
         backoff: Backoff { first: Duration::from_secs(3600), ..Backoff::default() },
     };
