@@ -1,0 +1,188 @@
+//! Certificates out of the mesh key. Invariant: every holder of the key derives the same CA, byte for byte, and
+//! nobody else can make a certificate that it signed.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rcgen::{
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    KeyUsagePurpose, PKCS_ED25519, SanType, SerialNumber, date_time_ymd,
+};
+use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer};
+use rustls::{ClientConfig, RootCertStore};
+
+use super::keys::MeshKey;
+use super::private_file::{self, StateFileError};
+
+/// The name every node's certificate has: nats-server checks it where it dials an IP address.
+pub const COMMON_NAME: &str = "localhost";
+
+/// An Ed25519 private key in PKCS#8 is this and the seed.
+const PKCS8_ED25519: [u8; 16] =
+    [0x30, 0x2e, 0x02, 0x01, 0x00, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x04, 0x22, 0x04, 0x20];
+
+/// Why there are no certificates.
+#[derive(Debug, thiserror::Error)]
+pub enum CertError {
+    /// The certificate could not be made.
+    #[error("cannot make this node's certificate: {0}")]
+    Mint(#[from] rcgen::Error),
+    /// The certificate could not be kept.
+    #[error(transparent)]
+    File(#[from] StateFileError),
+}
+
+/// A node's certificate, its key, and the CA it is checked against.
+pub struct NodeCerts {
+    ca: rcgen::Certificate,
+    certificate: rcgen::Certificate,
+    key: KeyPair,
+}
+
+/// Where nats-server finds them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CertFiles {
+    /// The CA's certificate.
+    pub ca: PathBuf,
+    /// The node's certificate.
+    pub certificate: PathBuf,
+    /// The node's private key.
+    pub key: PathBuf,
+}
+
+impl NodeCerts {
+    /// A certificate for a node that is reached under `hosts` (names or IP addresses).
+    pub fn mint(mesh: &MeshKey, node: &str, hosts: &[String]) -> Result<Self, CertError> {
+        let mut seeded = PKCS8_ED25519.to_vec();
+        seeded.extend(mesh.ca_seed());
+        let ca_key = KeyPair::try_from(&PrivatePkcs8KeyDer::from(seeded))?;
+        let ca = ca_params(mesh).self_signed(&ca_key)?;
+        let key = KeyPair::generate_for(&PKCS_ED25519)?;
+        let issuer = Issuer::new(ca_params(mesh), ca_key);
+        let certificate = node_params(node, hosts)?.signed_by(&key, &issuer)?;
+        Ok(Self { ca, certificate, key })
+    }
+
+    /// Writes them into `dir`, for nats-server.
+    pub fn save(&self, dir: &Path) -> Result<CertFiles, CertError> {
+        let files = CertFiles {
+            ca: dir.join("ca.crt"),
+            certificate: dir.join("node.crt"),
+            key: dir.join("node.key"),
+        };
+        private_file::write(&files.ca, self.ca.pem().as_bytes())?;
+        private_file::write(&files.certificate, self.certificate.pem().as_bytes())?;
+        private_file::write(&files.key, self.key.serialize_pem().as_bytes())?;
+        Ok(files)
+    }
+
+    /// For connections of our own to a node of the mesh: it must have a certificate of our CA, and gets ours.
+    pub fn client_config(&self) -> Result<ClientConfig, rustls::Error> {
+        let mut roots = RootCertStore::empty();
+        roots.add(self.ca_der().clone())?;
+        let key = PrivatePkcs8KeyDer::from(self.key.serialize_der());
+        ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+            .with_safe_default_protocol_versions()?
+            .with_root_certificates(roots)
+            .with_client_auth_cert(vec![self.certificate_der().clone()], key.into())
+    }
+
+    /// The CA's certificate.
+    pub fn ca_der(&self) -> &CertificateDer<'static> {
+        self.ca.der()
+    }
+
+    /// The node's certificate.
+    pub fn certificate_der(&self) -> &CertificateDer<'static> {
+        self.certificate.der()
+    }
+}
+
+fn valid_for_ever(params: &mut CertificateParams) {
+    // A host with a wrong clock must still find its mesh: the key is what expires, by rotation.
+    params.not_before = date_time_ymd(2000, 1, 1);
+    params.not_after = date_time_ymd(2120, 1, 1);
+}
+
+fn ca_params(mesh: &MeshKey) -> CertificateParams {
+    let mut params = CertificateParams::default();
+    params.distinguished_name.push(DnType::CommonName, format!("litemesh {}", mesh.mesh_id()));
+    params.serial_number = Some(SerialNumber::from(1u64));
+    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::DigitalSignature];
+    valid_for_ever(&mut params);
+    params
+}
+
+fn node_params(node: &str, hosts: &[String]) -> Result<CertificateParams, rcgen::Error> {
+    let mut params = CertificateParams::default();
+    params.distinguished_name.push(DnType::CommonName, node);
+    params.extended_key_usages =
+        vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+    params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+    valid_for_ever(&mut params);
+    params.subject_alt_names = vec![
+        SanType::DnsName(COMMON_NAME.try_into()?),
+        SanType::IpAddress(IpAddr::V4(Ipv4Addr::LOCALHOST)),
+        SanType::IpAddress(IpAddr::V6(Ipv6Addr::LOCALHOST)),
+    ];
+    for host in hosts {
+        let san = match host.parse::<IpAddr>() {
+            Ok(ip) => SanType::IpAddress(ip),
+            Err(_) => SanType::DnsName(host.as_str().try_into()?),
+        };
+        if !params.subject_alt_names.contains(&san) {
+            params.subject_alt_names.push(san);
+        }
+    }
+    Ok(params)
+}
+
+#[cfg(test)]
+mod tests {
+    use rustls::client::WebPkiServerVerifier;
+    use rustls::client::danger::ServerCertVerifier;
+    use rustls::crypto::ring::default_provider;
+    use rustls::pki_types::{ServerName, UnixTime};
+
+    use super::*;
+    use crate::fabric::keys::KEY_LEN;
+
+    fn mint(key: u8, node: &str, hosts: &[&str]) -> NodeCerts {
+        let hosts: Vec<_> = hosts.iter().map(|host| (*host).to_owned()).collect();
+        NodeCerts::mint(&MeshKey::from_bytes([key; KEY_LEN]), node, &hosts).expect("mints")
+    }
+
+    fn accepts(ca: &NodeCerts, node: &NodeCerts, name: &str, at_s: u64) -> bool {
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(ca.ca_der().clone()).expect("a CA");
+        let verifier =
+            WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::new(default_provider()))
+                .build()
+                .expect("has a root");
+        let name = ServerName::try_from(name.to_owned()).expect("a name");
+        let now = UnixTime::since_unix_epoch(std::time::Duration::from_secs(at_s));
+        verifier.verify_server_cert(node.certificate_der(), &[], &name, &[], now).is_ok()
+    }
+
+    #[test]
+    fn all_nodes_derive_the_same_ca() {
+        assert_eq!(mint(1, "a", &[]).ca_der(), mint(1, "b", &["10.0.0.1"]).ca_der());
+        assert_ne!(mint(1, "a", &[]).ca_der(), mint(2, "a", &[]).ca_der());
+    }
+
+    #[test]
+    fn members_trust_each_other_whatever_their_clocks_say() {
+        let (a, b, stranger) =
+            (mint(1, "a", &[]), mint(1, "b", &["10.0.0.1", "b.example"]), mint(2, "b", &[]));
+        let (y2001, y2100) = (1_000_000_000, 4_110_000_000);
+        for at_s in [y2001, y2100] {
+            for name in ["localhost", "127.0.0.1", "10.0.0.1", "b.example"] {
+                assert!(accepts(&a, &b, name, at_s), "{name}");
+            }
+        }
+        assert!(!accepts(&a, &b, "c.example", y2001));
+        assert!(!accepts(&a, &stranger, "localhost", y2001));
+    }
+}

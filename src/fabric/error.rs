@@ -1,0 +1,104 @@
+//! Why the fabric does not work. Invariant: a message says what happened, to which address, node or file, and what to
+//! do next; none holds a secret.
+
+use std::io;
+
+use super::accounts::AccountsError;
+use super::address::{Address, AddressError};
+use super::certs::CertError;
+use super::keys::KeyError;
+use super::members::MembersError;
+use super::preflight::PreflightError;
+use super::private_file::StateFileError;
+use super::token::TokenError;
+
+/// Why the fabric does not start, or did not take a message.
+#[derive(Debug, thiserror::Error)]
+pub enum FabricError {
+    /// Another process listens where peers should connect.
+    #[error("{address} is taken by another process: stop it, or choose another port with --cluster")]
+    ClusterPortTaken {
+        /// What we wanted to listen on.
+        address: Address,
+    },
+    /// Another process listens where programs should connect.
+    #[error("{address} is taken by another process: stop it, or choose another port with --client")]
+    ClientPortTaken {
+        /// What we wanted to listen on.
+        address: Address,
+    },
+    /// The peers of the token cannot be joined.
+    #[error(transparent)]
+    Join(#[from] PreflightError),
+    /// The state directory belongs to a node of another mesh than the token.
+    #[error(
+        "this node already belongs to another mesh: leave --join out, or start with an empty --state-dir"
+    )]
+    BelongsElsewhere,
+    /// `--advertise` is no address.
+    #[error("--advertise: {0}")]
+    Advertise(#[from] AddressError),
+    /// The join token cannot be made.
+    #[error(transparent)]
+    Token(#[from] TokenError),
+    /// The mesh key.
+    #[error(transparent)]
+    Key(#[from] KeyError),
+    /// The certificates.
+    #[error(transparent)]
+    Cert(#[from] CertError),
+    /// The passwords.
+    #[error(transparent)]
+    Accounts(#[from] AccountsError),
+    /// The list of members.
+    #[error(transparent)]
+    Members(#[from] MembersError),
+    /// Another file of the state directory.
+    #[error(transparent)]
+    StateFile(#[from] StateFileError),
+    /// nats-server cannot be unpacked or started.
+    #[error(transparent)]
+    Launch(#[from] nats_launcher::LaunchError),
+    /// nats-server does not get ready.
+    #[error("nats-server does not start: {reason}")]
+    Server {
+        /// Its last words.
+        reason: String,
+    },
+    /// The first node could not found its cluster.
+    #[error("cannot found the cluster within {waited_s} s: {reason}; starting again goes on from there")]
+    Bootstrap {
+        /// How long it was tried.
+        waited_s: u64,
+        /// What was missing last.
+        reason: String,
+    },
+    /// Our own server does not let us in.
+    #[error("cannot connect to our own nats-server: {reason}")]
+    Connect {
+        /// What the client said.
+        reason: String,
+    },
+    /// There is no connection to our own server: the message was not sent.
+    #[error("not sent: our own nats-server is not connected")]
+    NotConnected,
+    /// Our own server takes nothing: the message was not sent.
+    #[error("not sent: our own nats-server does not take messages")]
+    Stalled,
+    /// The message is too large: it was not sent.
+    #[error("not sent: a message of {len} bytes is larger than the limit of {limit}")]
+    TooLarge {
+        /// Its length.
+        len: usize,
+        /// The limit.
+        limit: usize,
+    },
+    /// The system refused something local.
+    #[error("{what}: {source}")]
+    System {
+        /// What we tried.
+        what: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+}

@@ -1,0 +1,112 @@
+//! Nodes tell each other where they listen, so that each dials all by itself, after a restart too. Invariant: what is
+//! heard only ever adds addresses to dial; whoever answers there still has to prove that it holds the key.
+
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use futures::StreamExt;
+use serde::{Deserialize, Serialize};
+use tokio::time::{Instant, sleep_until};
+use tracing::{info, warn};
+
+use super::address::Address;
+use super::identity::Identity;
+use super::members::Members;
+use super::server::Server;
+use super::subjects;
+use crate::core::names::NodeName;
+
+/// The route to a peer is made a moment after we are ready: the first hellos come quickly.
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+const LAST_PAUSE: Duration = Duration::from_secs(30);
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Hello {
+    routes: Vec<Address>,
+}
+
+/// The members, shared between who learns of them and who asks.
+pub(super) struct Roster(Mutex<Members>);
+
+impl Roster {
+    pub(super) fn new(members: Members) -> Self {
+        Self(Mutex::new(members))
+    }
+
+    pub(super) fn routes(&self, own: &[Address]) -> Vec<Address> {
+        self.lock().routes(own)
+    }
+
+    pub(super) fn names(&self) -> Vec<NodeName> {
+        self.lock().names().cloned().collect()
+    }
+
+    /// The members, if this node's addresses were news.
+    fn learn(&self, node: &NodeName, addresses: &[Address]) -> Option<Members> {
+        let mut members = self.lock();
+        members.learn(node, addresses).then(|| members.clone())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Members> {
+        self.0.lock().expect("nothing panics while it is held")
+    }
+}
+
+/// The task that says hello and listens for it.
+pub(super) struct Exchange {
+    pub(super) client: async_nats::Client,
+    pub(super) identity: Arc<Identity>,
+    pub(super) server: Arc<Server>,
+    pub(super) roster: Arc<Roster>,
+}
+
+impl Exchange {
+    /// Until it is aborted.
+    pub(super) async fn run(self, mut hellos: async_nats::Subscriber) {
+        let mut pause = FIRST_PAUSE;
+        let mut next = Instant::now();
+        loop {
+            tokio::select! {
+                () = sleep_until(next) => {
+                    self.say_hello().await;
+                    next = Instant::now() + pause;
+                    pause = (pause * 2).min(LAST_PAUSE);
+                }
+                message = hellos.next() => {
+                    let Some(message) = message else { return };
+                    if self.hear(&message) {
+                        // It may not have heard of us yet.
+                        next = Instant::now();
+                    }
+                }
+            }
+        }
+    }
+
+    async fn say_hello(&self) {
+        if self.client.connection_state() != async_nats::connection::State::Connected {
+            return;
+        }
+        let hello = Hello { routes: self.identity.own.clone() };
+        let text = serde_json::to_vec(&hello).expect("strings become JSON");
+        // The next one comes soon.
+        let _ = self.client.publish(subjects::hello(&self.identity.node), text.into()).await;
+    }
+
+    /// Whether it was news.
+    fn hear(&self, message: &async_nats::Message) -> bool {
+        let Some(from) = subjects::hello_from(&message.subject) else { return false };
+        let Ok(hello) = serde_json::from_slice::<Hello>(&message.payload) else { return false };
+        if from == self.identity.node {
+            return false;
+        }
+        let Some(members) = self.roster.learn(&from, &hello.routes) else { return false };
+        info!(node = %from, addresses = ?hello.routes, "a member");
+        let kept = members.save(&self.identity.state.members()).map_err(|e| e.to_string());
+        let reloaded = self.server.reload(&self.identity.conf_text(&members)).map_err(|e| e.to_string());
+        if let Err(e) = kept.and(reloaded) {
+            warn!(node = %from, "a member's addresses are not kept: {e}");
+        }
+        true
+    }
+}

@@ -1,0 +1,97 @@
+//! Asks our own server about its state, over its monitoring port. Invariant: it only ever talks to loopback, and an
+//! answer that does not come is an error in bounded time.
+
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use serde_json::Value;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+const PATIENCE: Duration = Duration::from_secs(2);
+/// A status of hundreds of nodes is far smaller.
+const MAX_ANSWER: u64 = 8 * 1024 * 1024;
+
+/// The consensus group of the cluster's metadata, as one server sees it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct MetaGroup {
+    /// The name of the server that leads it.
+    pub leader: Option<String>,
+    /// How many servers it has.
+    pub size: u64,
+    /// The names of the others.
+    pub others: Vec<String>,
+}
+
+/// The answer to a request for `path`.
+pub async fn get(monitor: SocketAddr, path: &str) -> io::Result<Value> {
+    let (status, body) = fetch(monitor, path).await?;
+    if status != 200 {
+        return Err(io::Error::other(format!("{path} answers {status}")));
+    }
+    serde_json::from_slice(&body).map_err(io::Error::other)
+}
+
+/// Whether the server works, leaders or not.
+pub async fn is_healthy(monitor: SocketAddr) -> bool {
+    matches!(fetch(monitor, "/healthz?js-enabled-only=true").await, Ok((200, _)))
+}
+
+/// The cluster's metadata group.
+pub async fn meta_group(monitor: SocketAddr) -> io::Result<MetaGroup> {
+    let answer = get(monitor, "/jsz").await?;
+    let meta = &answer["meta_cluster"];
+    let name = |value: &Value| value.as_str().filter(|name| !name.is_empty()).map(str::to_owned);
+    Ok(MetaGroup {
+        leader: name(&meta["leader"]),
+        size: meta["cluster_size"].as_u64().unwrap_or_default(),
+        others: list(&meta["replicas"]).filter_map(|peer| name(&peer["name"])).collect(),
+    })
+}
+
+/// The names of the servers that are connected by route, each once.
+pub async fn route_names(monitor: SocketAddr) -> io::Result<Vec<String>> {
+    let answer = get(monitor, "/routez").await?;
+    let mut names: Vec<String> =
+        list(&answer["routes"]).filter_map(|route| Some(route["remote_name"].as_str()?.to_owned())).collect();
+    names.sort();
+    names.dedup();
+    Ok(names)
+}
+
+fn list(value: &Value) -> impl Iterator<Item = &Value> {
+    value.as_array().into_iter().flatten()
+}
+
+async fn fetch(monitor: SocketAddr, path: &str) -> io::Result<(u16, Vec<u8>)> {
+    let exchange = async {
+        let mut stream = TcpStream::connect(monitor).await?;
+        // Version 1.0: the answer comes in one piece and ends with the connection.
+        stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes()).await?;
+        let mut answer = Vec::new();
+        stream.take(MAX_ANSWER).read_to_end(&mut answer).await?;
+        io::Result::Ok(answer)
+    };
+    let answer = tokio::time::timeout(PATIENCE, exchange).await.map_err(|_| io::ErrorKind::TimedOut)??;
+    split(&answer).ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+fn split(answer: &[u8]) -> Option<(u16, Vec<u8>)> {
+    let end = answer.windows(4).position(|window| window == b"\r\n\r\n")?;
+    let status = std::str::from_utf8(&answer[..end]).ok()?.split(' ').nth(1)?.parse().ok()?;
+    Some((status, answer[end + 4..].to_vec()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_is_a_status_and_a_body() {
+        assert_eq!(split(b"HTTP/1.0 503 No\r\nA: b\r\n\r\n{}"), Some((503, b"{}".to_vec())));
+        for bad in [&b""[..], b"HTTP/1.0 200 OK\r\n", b"x\r\n\r\n"] {
+            assert_eq!(split(bad), None);
+        }
+    }
+}

@@ -1,0 +1,299 @@
+//! The fabric of a real node. Invariant: nothing of NATS ever holds up its caller: what cannot be sent at once is
+//! refused, what cannot be taken in at once is dropped and counted, and the peers repair it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use async_nats::connection::State;
+use futures::StreamExt;
+use futures::stream::select_all;
+use tokio::sync::mpsc::{self, error::TrySendError};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use tracing::debug;
+
+use super::accounts::MESH_USER;
+use super::bootstrap::{self, Founding};
+use super::conf::MAX_PAYLOAD_BYTES;
+use super::error::FabricError;
+use super::hello::{self, Roster};
+use super::identity::Identity;
+use super::link::{Incoming, Outgoing};
+use super::log_stream::{self, LogCounters, LogState};
+use super::options::FabricOptions;
+use super::server::Server;
+use super::subjects::{self, Envelope};
+use super::token::JoinToken;
+use super::{gate, monitor, watchdog};
+use crate::core::names::NodeName;
+
+/// A server on the same host that takes nothing for this long is not going to.
+const SEND_PATIENCE: Duration = Duration::from_secs(1);
+const FLUSH_PATIENCE: Duration = Duration::from_secs(5);
+const CONNECT_PATIENCE: Duration = Duration::from_secs(10);
+const FIRST_RECONNECT: Duration = Duration::from_millis(20);
+const LAST_RECONNECT: Duration = Duration::from_millis(500);
+/// The largest message that may be sent: the server's limit, less what headers could take.
+pub const MAX_MESSAGE_BYTES: usize = MAX_PAYLOAD_BYTES - 64 * 1024;
+/// Any user may ask this of a server; the answer says that everything sent before has been read.
+const WHO_AM_I: &str = "$SYS.REQ.USER.INFO";
+
+/// The state of our own server and of what goes through it.
+#[derive(Debug, Clone, Default)]
+pub struct ServerInfo {
+    /// The server's process.
+    pub pid: Option<u32>,
+    /// How often it was started again.
+    pub restarts: u64,
+    /// Its version.
+    pub version: String,
+    /// The peers whose servers are connected to it.
+    pub routes: Vec<String>,
+    /// Where the host's own programs connect.
+    pub client_url: String,
+    /// This node's log.
+    pub log: LogState,
+    /// Commits that were not taken in time and left to repair.
+    pub dropped_commits: u64,
+    /// Other messages that were not taken in time.
+    pub dropped_messages: u64,
+}
+
+#[derive(Debug, Default)]
+struct Drops {
+    commits: AtomicU64,
+    messages: AtomicU64,
+}
+
+/// A node's connection to its mesh, and the server it goes through.
+pub struct Fabric {
+    identity: Arc<Identity>,
+    client: async_nats::Client,
+    server: Arc<Server>,
+    roster: Arc<Roster>,
+    log: Arc<LogCounters>,
+    drops: Arc<Drops>,
+    /// Where the log answers to commits.
+    ack_subject: String,
+    /// Ended when it is dropped.
+    tasks: JoinSet<()>,
+}
+
+impl Fabric {
+    /// Starts the server, founds or joins the mesh, connects. Returns when messages flow; the log may come later.
+    pub async fn start(options: FabricOptions) -> Result<(Self, mpsc::Receiver<Incoming>), FabricError> {
+        let (identity, members) = Identity::establish(&options).await?;
+        let bin = identity.state.bin();
+        let binary = tokio::task::spawn_blocking(move || nats_launcher::Bundle::install(&bin))
+            .await
+            .map_err(|e| FabricError::System { what: "unpacking", source: std::io::Error::other(e) })??;
+        let server = Server::start(
+            identity.node.as_str(),
+            &binary,
+            &identity.state.conf(),
+            &identity.conf_text(&members),
+            Some(options.memory_budget_mib),
+        )?;
+        let mut tasks = JoinSet::new();
+        // Before the server is ready: it loads its streams as soon as the gate is open.
+        tasks.spawn(gate::hold(identity.ports.gate, identity.accounts.gate.clone()));
+        server.ready(&identity.ports).await?;
+        if !bootstrap::is_done(identity.state.path()) {
+            found(&identity, &binary).await?;
+        }
+        let client = connect(&identity).await?;
+        let (server, identity) = (Arc::new(server), Arc::new(identity));
+        let roster = Arc::new(Roster::new(members));
+        let fabric = Self {
+            ack_subject: client.new_inbox(),
+            log: Arc::default(),
+            drops: Arc::default(),
+            identity,
+            client,
+            server,
+            roster,
+            tasks,
+        };
+        fabric.run(&options).await
+    }
+
+    /// Subscribes, and starts what goes on in the background.
+    async fn run(mut self, options: &FabricOptions) -> Result<(Self, mpsc::Receiver<Incoming>), FabricError> {
+        let (to_replica, incoming) = mpsc::channel(options.incoming_capacity.max(1));
+        let node = self.identity.node.clone();
+        let mut subscribers = Vec::new();
+        for subject in [subjects::ALL_COMMITS, subjects::ALL_BROADCASTS, subjects::all_direct(&node).as_str()]
+        {
+            subscribers.push(self.subscribe(subject).await?);
+        }
+        let mut acks = self.subscribe(&self.ack_subject).await?;
+        let hellos = self.subscribe(subjects::ALL_HELLOS).await?;
+        self.flush().await?;
+        let (drops, log) = (self.drops.clone(), self.log.clone());
+        self.tasks.spawn(async move {
+            let mut messages = select_all(subscribers);
+            while let Some(message) = messages.next().await {
+                if let Some(incoming) = subjects::open(&node, &message.subject, message.payload) {
+                    hand_over(&to_replica, &drops, incoming);
+                }
+            }
+        });
+        self.tasks.spawn(async move {
+            while let Some(message) = acks.next().await {
+                log.answered(&message);
+            }
+        });
+        let (client, node, log) = (self.client.clone(), self.identity.node.clone(), self.log.clone());
+        self.tasks.spawn(log_stream::keep(client, node, options.log, log));
+        let exchange = hello::Exchange {
+            client: self.client.clone(),
+            identity: self.identity.clone(),
+            server: self.server.clone(),
+            roster: self.roster.clone(),
+        };
+        self.tasks.spawn(exchange.run(hellos));
+        self.tasks.spawn(watchdog::watch(self.server.clone(), self.identity.ports.monitor));
+        Ok((self, incoming))
+    }
+
+    async fn subscribe(&self, subject: &str) -> Result<async_nats::Subscriber, FabricError> {
+        self.client
+            .subscribe(subject.to_owned())
+            .await
+            .map_err(|e| FabricError::Connect { reason: format!("subscribing {subject}: {e}") })
+    }
+
+    /// Sends a message. An error says that it was not sent, and nothing tries again; success promises nothing.
+    pub async fn send(&self, out: Outgoing) -> Result<(), FabricError> {
+        let Envelope { subject, payload, logged } = Envelope::seal(&self.identity.node, out);
+        if payload.len() > MAX_MESSAGE_BYTES {
+            return Err(FabricError::TooLarge { len: payload.len(), limit: MAX_MESSAGE_BYTES });
+        }
+        // The client would keep it, and its caller waiting, until the server is back.
+        if !self.connected() {
+            return Err(FabricError::NotConnected);
+        }
+        let publish = async {
+            if logged {
+                self.client.publish_with_reply(subject, self.ack_subject.clone(), payload).await
+            } else {
+                self.client.publish(subject, payload).await
+            }
+        };
+        match timeout(SEND_PATIENCE, publish).await {
+            Err(_) => Err(FabricError::Stalled),
+            Ok(Err(_)) => Err(FabricError::NotConnected),
+            Ok(Ok(())) => {
+                if logged {
+                    self.log.published();
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Until our own server has read everything that was sent before.
+    pub async fn flush(&self) -> Result<(), FabricError> {
+        match timeout(FLUSH_PATIENCE, self.client.request(WHO_AM_I, "".into())).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(_)) if !self.connected() => Err(FabricError::NotConnected),
+            Ok(Err(_)) | Err(_) => Err(FabricError::Stalled),
+        }
+    }
+
+    /// Whether there is a connection to our own server.
+    pub fn connected(&self) -> bool {
+        self.client.connection_state() == State::Connected
+    }
+
+    /// What lets another node join: the key, and where this node and those it knows listen.
+    pub fn join_token(&self) -> Result<JoinToken, FabricError> {
+        let mut addresses = self.identity.own.clone();
+        addresses.extend(self.roster.routes(&self.identity.own));
+        Ok(JoinToken::new(self.identity.key.clone(), addresses)?)
+    }
+
+    /// The other nodes that were ever heard of, connected or not.
+    pub fn members(&self) -> Vec<NodeName> {
+        self.roster.names()
+    }
+
+    /// The state of our own server. What it does not tell within a moment is left empty.
+    pub async fn server_info(&self) -> ServerInfo {
+        let routes = monitor::route_names(self.identity.ports.monitor).await.unwrap_or_default();
+        ServerInfo {
+            pid: self.server.pid(),
+            restarts: self.server.restarts(),
+            version: self.client.server_info().version,
+            routes,
+            client_url: format!("nats://{}", self.identity.ports.client_address()),
+            log: self.log.state(),
+            dropped_commits: self.drops.commits.load(Ordering::Relaxed),
+            dropped_messages: self.drops.messages.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Hands over what was sent, closes, and stops the server.
+    pub async fn shutdown(self) {
+        let Self { client, server, mut tasks, .. } = self;
+        if client.connection_state() == State::Connected {
+            // A server that no longer answers cannot be handed anything.
+            let _ = timeout(FLUSH_PATIENCE, client.request(WHO_AM_I, "".into())).await;
+        }
+        tasks.shutdown().await;
+        drop(client);
+        match Arc::into_inner(server) {
+            Some(server) => server.stop().await,
+            None => debug!("the server is still in use: it ends with its last user"),
+        }
+    }
+}
+
+fn hand_over(to_replica: &mpsc::Sender<Incoming>, drops: &Drops, incoming: Incoming) {
+    if let Err(TrySendError::Full(incoming)) = to_replica.try_send(incoming) {
+        let counter = match incoming {
+            Incoming::Commit { .. } => &drops.commits,
+            Incoming::Message { .. } => &drops.messages,
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+async fn found(identity: &Identity, binary: &std::path::Path) -> Result<(), FabricError> {
+    bootstrap::found(Founding {
+        conf: identity.conf(&[]),
+        ports: &identity.ports,
+        binary,
+        state_dir: identity.state.path(),
+        connect: identity.client_options(bootstrap::sys_options(&identity.accounts))?,
+    })
+    .await
+}
+
+async fn connect(identity: &Identity) -> Result<async_nats::Client, FabricError> {
+    let options = async_nats::ConnectOptions::with_user_and_password(
+        MESH_USER.to_owned(),
+        identity.accounts.mesh.reveal().to_owned(),
+    )
+    .name("litemesh")
+    .no_echo()
+    // Only our own server: another node's has other passwords, and is not ours to depend on.
+    .ignore_discovered_servers()
+    .max_reconnects(None)
+    .ping_interval(Duration::from_secs(5))
+    .reconnect_delay_callback(|attempt| {
+        let attempt = u32::try_from(attempt).unwrap_or(u32::MAX);
+        FIRST_RECONNECT.saturating_mul(attempt).min(LAST_RECONNECT)
+    })
+    // Every subject is made of names that were checked.
+    .skip_subject_validation(true)
+    .event_callback(|event| async move { debug!("nats: {event}") });
+    let options = identity.client_options(options)?;
+    let address = format!("nats://{}", identity.ports.client_address());
+    let refused = |reason: String| FabricError::Connect { reason };
+    timeout(CONNECT_PATIENCE, options.connect(address))
+        .await
+        .map_err(|_| refused("no answer".to_owned()))?
+        .map_err(|e| refused(e.to_string()))
+}

@@ -1,0 +1,133 @@
+//! The subjects of the mesh's account. Invariant: the one place that knows how they are made and read.
+
+use std::fmt;
+
+use super::link::{Incoming, Outgoing};
+use crate::core::names::{DbName, NodeName};
+use bytes::Bytes;
+
+/// What carries a message.
+#[derive(Debug)]
+pub(super) struct Envelope {
+    pub(super) subject: String,
+    pub(super) payload: Bytes,
+    /// The node's stream captures it.
+    pub(super) logged: bool,
+}
+
+/// All commits.
+pub(super) const ALL_COMMITS: &str = "lm.c.>";
+/// All broadcasts.
+pub(super) const ALL_BROADCASTS: &str = "lm.b.*";
+/// What nodes say of where they listen.
+pub(super) const ALL_HELLOS: &str = "lm.m.*";
+
+/// Everything for `node` alone.
+pub(super) fn all_direct(node: &NodeName) -> String {
+    format!("lm.d.{node}.*")
+}
+
+/// Where `node` says where it listens.
+pub(super) fn hello(node: &NodeName) -> String {
+    format!("lm.m.{node}")
+}
+
+/// Who says where it listens.
+pub(super) fn hello_from(subject: &str) -> Option<NodeName> {
+    subject.strip_prefix("lm.m.")?.parse().ok()
+}
+
+impl Envelope {
+    pub(super) fn seal(node: &NodeName, out: Outgoing) -> Self {
+        let (subject, payload, logged) = match out {
+            Outgoing::Commit { db, site, payload } => {
+                (format!("lm.c.{node}.{db}.{}", SiteToken(site)), payload, true)
+            }
+            Outgoing::Broadcast { payload } => (format!("lm.b.{node}"), payload, false),
+            Outgoing::Direct { to, payload } => (format!("lm.d.{to}.{node}"), payload, false),
+        };
+        Self { subject, payload, logged }
+    }
+}
+
+struct SiteToken(u64);
+
+impl fmt::Display for SiteToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}", self.0)
+    }
+}
+
+/// Reads a message that arrived at `node`; `None` when it is our own or none of ours.
+pub(super) fn open(node: &NodeName, subject: &str, payload: Bytes) -> Option<Incoming> {
+    let mut tokens = subject.split('.');
+    if tokens.next() != Some("lm") {
+        return None;
+    }
+    let incoming = match tokens.next()? {
+        "c" => {
+            let from: NodeName = tokens.next()?.parse().ok()?;
+            let db: DbName = tokens.next()?.parse().ok()?;
+            let site = tokens.next().filter(|token| token.len() == 16)?;
+            Incoming::Commit { from, db, site: u64::from_str_radix(site, 16).ok()?, payload }
+        }
+        "b" => Incoming::Message { from: tokens.next()?.parse().ok()?, payload },
+        "d" if tokens.next()? == node.as_str() => {
+            Incoming::Message { from: tokens.next()?.parse().ok()?, payload }
+        }
+        _ => return None,
+    };
+    let (Incoming::Commit { from, .. } | Incoming::Message { from, .. }) = &incoming;
+    (tokens.next().is_none() && from != node).then_some(incoming)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name(text: &str) -> NodeName {
+        text.parse().expect("a name")
+    }
+
+    #[test]
+    fn what_is_sealed_is_opened_by_the_others_only() {
+        let (a, b, c) = (name("a"), name("b"), name("c"));
+        let payload = Bytes::from_static(b"x");
+        let db: DbName = "app".parse().expect("a name");
+        let commit = Envelope::seal(&a, Outgoing::Commit { db, site: 0xab, payload: payload.clone() });
+        assert_eq!(commit.subject, "lm.c.a.app.00000000000000ab");
+        assert!(commit.logged);
+        assert!(matches!(
+            open(&b, &commit.subject, payload.clone()),
+            Some(Incoming::Commit { from, site: 0xab, .. }) if from == a
+        ));
+        assert!(open(&a, &commit.subject, payload.clone()).is_none(), "our own");
+        let direct = Envelope::seal(&a, Outgoing::Direct { to: b.clone(), payload: payload.clone() });
+        assert!(
+            matches!(open(&b, &direct.subject, payload.clone()), Some(Incoming::Message { from, .. }) if from == a)
+        );
+        assert!(open(&c, &direct.subject, payload.clone()).is_none(), "for another");
+        let broadcast = Envelope::seal(&a, Outgoing::Broadcast { payload: payload.clone() });
+        assert!(open(&b, &broadcast.subject, payload.clone()).is_some() && !broadcast.logged);
+        assert_eq!(hello_from(&hello(&a)), Some(a));
+    }
+
+    #[test]
+    fn what_is_not_ours_is_not_opened() {
+        let a = name("a");
+        for subject in [
+            "",
+            "lm",
+            "lm.c",
+            "lm.c.b.app",
+            "lm.c.b.app.1",
+            "lm.c.b.app.000000000000000g",
+            "lm.x.b",
+            "x.b.b",
+            "lm.b.b.c",
+            "lm.c.b.app.00000000000000ab.more",
+        ] {
+            assert!(open(&a, subject, Bytes::new()).is_none(), "{subject}");
+        }
+    }
+}

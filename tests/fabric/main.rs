@@ -1,0 +1,7 @@
+//! The fabric over real nats-servers on loopback.
+
+mod joining;
+mod messages;
+mod starting;
+mod support;
+mod surviving;
