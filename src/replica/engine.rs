@@ -192,6 +192,13 @@ impl Engine {
         Ok(self.store.head().vector.clone())
     }
 
+    /// A connection to a state of the file that is wholly absorbed, for a copy.
+    pub fn snapshot(&mut self) -> Result<rusqlite::Connection> {
+        let (own, reader) = self.store.snapshot()?;
+        own.into_iter().for_each(|o| self.publish(Some(o)));
+        Ok(reader)
+    }
+
     fn publish(&mut self, own: Option<OwnCommit>) {
         if let Some(own) = own {
             self.counters.commits_published += 1;

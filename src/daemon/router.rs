@@ -1,0 +1,241 @@
+//! Between the fabric and the databases: hands what arrives to the right worker, keeps track of peers, serves copies.
+//! Invariant: it never waits for a database; what a database cannot take now is dropped and repaired later.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::mpsc;
+use tracing::{debug, info, warn};
+
+use super::serve_copy::Copies;
+use crate::core::message::{CopyPart, Fragment, Hello, Message, decode};
+use crate::core::names::{DbName, NodeName};
+use crate::core::version::SiteId;
+use crate::fabric::link::{Incoming, Outgoing};
+use crate::replica::engine::MAX_SKEW_MS;
+use crate::replica::send::{MessageAssembler, message_pieces};
+use crate::replica::worker::{Input, WorkerHandle, wall_clock_ms};
+
+/// How often a node says that it is there.
+pub const HELLO_EVERY: Duration = Duration::from_secs(2);
+/// A peer that was not heard for this long is not live.
+pub const LIVE_MS: u64 = 7_000;
+
+/// A peer as this node knows it.
+#[derive(Debug, Clone)]
+pub struct PeerInfo {
+    /// What it said last.
+    pub hello: Hello,
+    /// When, by our clock.
+    pub heard_ms: u64,
+    /// How far its clock was ahead of ours then.
+    pub clock_offset_ms: i64,
+}
+
+impl PeerInfo {
+    /// Whether it was heard lately.
+    pub fn is_live(&self, now_ms: u64) -> bool {
+        now_ms < self.heard_ms + LIVE_MS
+    }
+}
+
+/// What a request for a copy is answered with.
+pub type CopyAnswer = Result<CopyPart, String>;
+
+/// See the module.
+pub struct Router {
+    node: NodeName,
+    workers: RwLock<BTreeMap<DbName, WorkerHandle>>,
+    peers: Mutex<BTreeMap<NodeName, PeerInfo>>,
+    waiting: Mutex<HashMap<u64, mpsc::Sender<CopyAnswer>>>,
+    copies: Copies,
+    outgoing: mpsc::Sender<Outgoing>,
+}
+
+fn held<T>(lock: Result<T, PoisonError<T>>) -> T {
+    lock.unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Router {
+    /// A router that sends through `outgoing` and puts copies into `spool`.
+    pub fn new(node: NodeName, outgoing: mpsc::Sender<Outgoing>, spool: PathBuf) -> Arc<Self> {
+        Arc::new(Self {
+            node,
+            workers: RwLock::default(),
+            peers: Mutex::default(),
+            waiting: Mutex::default(),
+            copies: Copies::new(spool),
+            outgoing,
+        })
+    }
+
+    /// Adds a database that replicates.
+    pub fn add(&self, db: DbName, worker: WorkerHandle) {
+        held(self.workers.write()).insert(db, worker);
+    }
+
+    /// Takes a database away.
+    pub fn remove(&self, db: &DbName) -> Option<WorkerHandle> {
+        held(self.workers.write()).remove(db)
+    }
+
+    /// The worker of a database.
+    pub fn worker(&self, db: &DbName) -> Option<WorkerHandle> {
+        held(self.workers.read()).get(db).cloned()
+    }
+
+    /// All databases that replicate.
+    pub fn databases(&self) -> Vec<DbName> {
+        held(self.workers.read()).keys().cloned().collect()
+    }
+
+    /// The peers that were heard of since the start.
+    pub fn peers(&self) -> BTreeMap<NodeName, PeerInfo> {
+        held(self.peers.lock()).clone()
+    }
+
+    /// Sends a message to everybody.
+    pub async fn broadcast(&self, message: &Message) {
+        let mut pieces = Vec::new();
+        message_pieces(message, |payload| pieces.push(Outgoing::Broadcast { payload }));
+        for piece in pieces {
+            // The receiver is gone only when the process is ending.
+            drop(self.outgoing.send(piece).await);
+        }
+    }
+
+    /// Sends a message to one node.
+    pub async fn send(&self, to: &NodeName, message: &Message) {
+        let mut pieces = Vec::new();
+        message_pieces(message, |payload| pieces.push(Outgoing::Direct { to: to.clone(), payload }));
+        for piece in pieces {
+            drop(self.outgoing.send(piece).await);
+        }
+    }
+
+    /// Where answers to a request for a copy go from now on.
+    pub fn expect_copy(&self, request: u64, answers: mpsc::Sender<CopyAnswer>) {
+        held(self.waiting.lock()).insert(request, answers);
+    }
+
+    /// Ends that.
+    pub fn forget_copy(&self, request: u64) {
+        held(self.waiting.lock()).remove(&request);
+    }
+
+    fn hello(&self) -> Message {
+        let version = env!("CARGO_PKG_VERSION").to_owned();
+        Message::Hello(Hello { version, now_ms: wall_clock_ms(), dbs: self.databases() })
+    }
+
+    /// Says hello to everybody now.
+    pub async fn say_hello(&self) {
+        self.broadcast(&self.hello()).await;
+    }
+
+    /// Says hello regularly, and throws away copies nobody fetches.
+    pub async fn keep_saying_hello(self: Arc<Self>) {
+        loop {
+            self.say_hello().await;
+            self.copies.expire();
+            tokio::time::sleep(HELLO_EVERY).await;
+        }
+    }
+
+    /// Takes in what arrives until the fabric is gone.
+    pub async fn run(self: Arc<Self>, mut incoming: mpsc::Receiver<Incoming>) {
+        let mut messages = MessageAssembler::default();
+        while let Some(message) = incoming.recv().await {
+            match message {
+                Incoming::Commit { from, db, site, payload } => self.on_commit(&from, &db, site, &payload),
+                Incoming::Message { from, payload } => match messages.push::<Message>(&from, &payload) {
+                    Ok(Some(message)) => self.on_message(from, message).await,
+                    Ok(None) => {}
+                    Err(e) => warn!(node = %from, "refused a message: {e}"),
+                },
+            }
+        }
+    }
+
+    fn on_commit(&self, from: &NodeName, db: &DbName, site: u64, payload: &Bytes) {
+        let Some(worker) = self.worker(db) else { return };
+        match decode::<Fragment>(payload) {
+            Ok(piece) => {
+                if !worker.offer(Input::Fragment(SiteId(site), piece)) {
+                    debug!(node = %from, db = %db, "too much is waiting: a commit is fetched later");
+                }
+            }
+            Err(e) => warn!(node = %from, db = %db, "refused a commit: {e}"),
+        }
+    }
+
+    async fn on_message(self: &Arc<Self>, from: NodeName, message: Message) {
+        let db = match &message {
+            Message::Hello(hello) => return self.on_hello(from, hello.clone()).await,
+            Message::CopyRequest(request) => {
+                let (router, request) = (self.clone(), request.clone());
+                tokio::spawn(async move { router.copies.serve(&router, &from, request).await });
+                return;
+            }
+            Message::CopyPart(part) => return self.on_copy(part.request, Ok(part.clone())).await,
+            Message::Bye => return self.on_bye(&from),
+            Message::Refused { request, why } => {
+                self.on_copy(*request, Err(why.clone())).await;
+                None
+            }
+            Message::Holding(holding) => Some(holding.db.clone()),
+            Message::Ask { db } => Some(db.clone()),
+            Message::SyncRequest(ask) => Some(ask.db.clone()),
+            Message::SyncPage(page) => Some(page.db.clone()),
+        };
+        let workers = held(self.workers.read()).clone();
+        for (name, worker) in workers {
+            if db.as_ref().is_none_or(|db| *db == name) {
+                worker.offer(Input::Message(from.clone(), message.clone()));
+            }
+        }
+    }
+
+    async fn on_copy(&self, request: u64, answer: CopyAnswer) {
+        let waiting = held(self.waiting.lock()).get(&request).cloned();
+        if let Some(waiting) = waiting {
+            // Nobody waits any more when this fails.
+            drop(waiting.send(answer).await);
+        }
+    }
+
+    fn on_bye(&self, from: &NodeName) {
+        info!(node = %from, "has left for now");
+        held(self.peers.lock()).remove(from);
+        for worker in held(self.workers.read()).values() {
+            worker.offer(Input::Message(from.clone(), Message::Bye));
+        }
+    }
+
+    async fn on_hello(&self, from: NodeName, hello: Hello) {
+        let now_ms = wall_clock_ms();
+        let clock_offset_ms = hello.now_ms as i64 - now_ms as i64;
+        let known = held(self.peers.lock()).get(&from).cloned();
+        let is_news = known.as_ref().is_none_or(|p| !p.is_live(now_ms) || p.hello.dbs != hello.dbs);
+        let was_far = known.as_ref().is_some_and(|p| p.clock_offset_ms.unsigned_abs() > MAX_SKEW_MS);
+        if clock_offset_ms.unsigned_abs() > MAX_SKEW_MS && !was_far {
+            let offset_s = clock_offset_ms / 1_000;
+            warn!(node = %from, "its clock is {offset_s} s off ours: set the clocks right, writes dated ahead wait");
+        }
+        held(self.peers.lock()).insert(from.clone(), PeerInfo { hello, heard_ms: now_ms, clock_offset_ms });
+        if is_news {
+            self.send(&from, &self.hello()).await;
+            for worker in held(self.workers.read()).values() {
+                worker.offer(Input::Greet(from.clone()));
+            }
+        }
+    }
+
+    /// The node's own name.
+    pub fn node(&self) -> &NodeName {
+        &self.node
+    }
+}

@@ -1,0 +1,200 @@
+//! The node's state directory: one process at a time, one format, and which incarnation of each file was here last.
+//! Invariant: a file that is not the one that was here last gets a new site before anything of it is told to others.
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions, TryLockError};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use rusqlite::Connection;
+use serde::{Deserialize, Serialize};
+
+use crate::core::names::DbName;
+use crate::core::version::SiteId;
+use crate::replica::adopt;
+use crate::replica::store::Store;
+
+/// The format of the state directory.
+const FORMAT: &str = "litemesh state 1\n";
+
+/// A state directory in use by this process.
+pub struct NodeState {
+    dir: PathBuf,
+    _lock: File,
+}
+
+/// What is remembered of a database.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+struct Remembered {
+    path: PathBuf,
+    site: u64,
+    /// The last two tokens: the file has one of them, whenever we were killed.
+    tokens: Vec<u64>,
+}
+
+impl NodeState {
+    /// Takes the directory, which is made if it is missing.
+    pub fn open(dir: &Path) -> Result<Self> {
+        std::fs::create_dir_all(dir)
+            .with_context(|| format!("cannot make the state directory {}: choose another with --state-dir", dir.display()))?;
+        set_private(dir)?;
+        let lock_path = dir.join("litemesh.lock");
+        let lock = OpenOptions::new().create(true).truncate(false).write(true).open(&lock_path);
+        let lock = lock.with_context(|| format!("cannot write in the state directory {}", dir.display()))?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                bail!("another litemesh runs with the state directory {}: stop it, or choose another with --state-dir", dir.display())
+            }
+            Err(TryLockError::Error(e)) => return Err(e).context(format!("cannot lock {}", lock_path.display())),
+        }
+        let format = dir.join("format");
+        match std::fs::read_to_string(&format) {
+            Ok(text) if text == FORMAT => {}
+            Ok(text) => bail!(
+                "the state directory {} has the format {:?}, this litemesh knows {:?}: use the litemesh that made it, or an \
+                 empty directory",
+                dir.display(),
+                text.trim(),
+                FORMAT.trim()
+            ),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => write_durably(&format, FORMAT.as_bytes())?,
+            Err(e) => return Err(e).context(format!("cannot read {}", format.display())),
+        }
+        let state = Self { dir: dir.to_owned(), _lock: lock };
+        let spool = state.spool();
+        // What is left there belongs to a process that is gone.
+        if spool.exists() {
+            std::fs::remove_dir_all(&spool).with_context(|| format!("cannot empty {}", spool.display()))?;
+        }
+        std::fs::create_dir_all(&spool)?;
+        Ok(state)
+    }
+
+    /// The directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Where temporary files go.
+    pub fn spool(&self) -> PathBuf {
+        self.dir.join("spool")
+    }
+
+    fn load(&self) -> Result<BTreeMap<DbName, Remembered>> {
+        let path = self.dir.join("databases.json");
+        match std::fs::read(&path) {
+            Ok(bytes) => serde_json::from_slice(&bytes).with_context(|| format!("{} is damaged", path.display())),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(BTreeMap::new()),
+            Err(e) => Err(e).with_context(|| format!("cannot read {}", path.display())),
+        }
+    }
+
+    fn save(&self, all: &BTreeMap<DbName, Remembered>) -> Result<()> {
+        write_durably(&self.dir.join("databases.json"), &serde_json::to_vec_pretty(all)?)
+    }
+
+    /// Makes sure that an adopted file is the one that was here last, else makes it a new incarnation; returns
+    /// whether that was needed. Rotates the token either way.
+    pub fn claim(&self, name: &DbName, path: &Path, conn: &Connection) -> Result<bool> {
+        let mut all = self.load()?;
+        let site = Store::meta::<i64>(conn, "site")?.unwrap_or_default() as u64;
+        let token = Store::meta::<i64>(conn, "token")?.map(|t| t as u64);
+        let known = all.get(name);
+        let same = known.is_some_and(|k| k.site == site && token.is_some_and(|t| k.tokens.contains(&t)));
+        // A file that has never been started has no token: it was made here just now.
+        let fresh = token.is_none();
+        let site = if same || fresh { site } else { new_site().0 };
+        let next = rand::random::<u64>() >> 1;
+        let tokens = token.into_iter().chain([next]).collect();
+        all.insert(name.clone(), Remembered { path: path.to_owned(), site, tokens });
+        self.save(&all)?;
+        conn.execute_batch("BEGIN IMMEDIATE")?;
+        adopt::become_site(conn, SiteId(site))?;
+        Store::set_meta(conn, "token", next as i64)?;
+        conn.execute_batch("COMMIT")?;
+        Ok(!same && !fresh)
+    }
+
+    /// Forgets a database that was detached.
+    pub fn forget(&self, name: &DbName) -> Result<()> {
+        let mut all = self.load()?;
+        all.remove(name);
+        self.save(&all)
+    }
+}
+
+/// A site id that no other file has.
+pub fn new_site() -> SiteId {
+    SiteId((rand::random::<u64>() >> 1).max(1))
+}
+
+/// Holds a database file for this process, so that no second litemesh uses it.
+pub fn lock_database(path: &Path) -> Result<File> {
+    let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => bail!(
+            "another litemesh replicates {}: stop it first, or talk to it with its --state-dir",
+            path.display()
+        ),
+        Err(TryLockError::Error(e)) => Err(e).with_context(|| format!("cannot lock {}", path.display())),
+    }
+}
+
+/// Writes a file so that it is there whole, or as before.
+pub fn write_durably(path: &Path, bytes: &[u8]) -> Result<()> {
+    let directory = path.parent().unwrap_or(Path::new("."));
+    let write = || -> std::io::Result<()> {
+        let mut file = tempfile::NamedTempFile::new_in(directory)?;
+        std::io::Write::write_all(&mut file, bytes)?;
+        file.as_file().sync_all()?;
+        file.persist(path).map_err(|e| e.error)?;
+        File::open(directory)?.sync_all()
+    };
+    write().with_context(|| format!("cannot write {}", path.display()))
+}
+
+fn set_private(dir: &Path) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700))
+        .with_context(|| format!("cannot make {} private", dir.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn adopted(path: &Path) -> Connection {
+        let conn = Connection::open(path).unwrap();
+        adopt::install(&conn, 1, SiteId(5)).unwrap();
+        conn
+    }
+
+    #[test]
+    fn a_restored_copy_gets_a_new_site() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = NodeState::open(&dir.path().join("state")).unwrap();
+        let (name, path) = ("app".parse().unwrap(), dir.path().join("app.db"));
+        assert!(!state.claim(&name, &path, &adopted(&path)).unwrap());
+        std::fs::copy(&path, dir.path().join("yesterday.db")).unwrap();
+        let conn = Connection::open(&path).unwrap();
+        assert!(!state.claim(&name, &path, &conn).unwrap());
+        assert!(!state.claim(&name, &path, &conn).unwrap());
+        drop(conn);
+        std::fs::copy(dir.path().join("yesterday.db"), &path).unwrap();
+        let conn = Connection::open(&path).unwrap();
+        assert!(state.claim(&name, &path, &conn).unwrap());
+        assert_ne!(Store::meta::<i64>(&conn, "site").unwrap(), Some(5));
+    }
+
+    #[test]
+    fn a_directory_in_use_or_of_another_version_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = NodeState::open(dir.path()).unwrap();
+        assert!(NodeState::open(dir.path()).is_err_and(|e| e.to_string().contains("another litemesh")));
+        drop(first);
+        std::fs::write(dir.path().join("format"), "litemesh state 99\n").unwrap();
+        assert!(NodeState::open(dir.path()).is_err_and(|e| e.to_string().contains("format")));
+    }
+}
