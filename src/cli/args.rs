@@ -1,0 +1,330 @@
+//! The command line as typed. Invariant: nothing is decided here but what clap can decide from the text alone; what
+//! an option means together with the environment and the configuration file is `config`'s to say.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::builder::styling::{AnsiColor, Styles};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::config::duration::parse_duration;
+use crate::config::raw::Raw;
+
+const STYLES: Styles = Styles::styled()
+    .header(AnsiColor::Green.on_default().bold())
+    .usage(AnsiColor::Green.on_default().bold())
+    .literal(AnsiColor::Cyan.on_default().bold())
+    .placeholder(AnsiColor::Cyan.on_default());
+
+const EXAMPLES: &str = "\
+Examples:
+  litemesh up app.db                    the first host: prints the line for the others
+  litemesh up app.db --join lm1-...     another host
+  litemesh check app.db                 what in a schema is fragile with several writers
+  litemesh status --watch               nodes, lag, conflicts
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 78 wrong configuration.";
+
+/// Keeps SQLite files the same on every host.
+///
+/// One `litemesh up` a host starts a bundled nats-server, joins it with those of the other hosts into one cluster, and
+/// keeps the SQLite files you name the same everywhere. Programs go on opening their local file with plain SQLite;
+/// every host can write, and nobody waits for a network.
+#[derive(Debug, Parser)]
+#[command(name = "litemesh", version, styles = STYLES, after_help = EXAMPLES, arg_required_else_help = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run this node: serve the mesh and replicate the files named.
+    ///
+    /// The same line serves for the first start, for every restart, and for systemd or a container. The first node
+    /// makes a new mesh and prints the line with which others join it; `--join` is ignored by a node that already
+    /// belongs to one. Prints `ready` once replication runs. Ends on SIGTERM or Ctrl-C, after what was committed
+    /// has been sent.
+    ///
+    /// A file that does not exist yet is copied from a peer that has a database of that name. Without any database
+    /// the node carries messages only.
+    Up(UpArgs),
+
+    /// Print the token that lets another node join.
+    ///
+    /// The token holds the mesh's secret: give it only to hosts that may read and write everything. It is made of
+    /// the key in the state directory and the addresses of the nodes known here.
+    Token(StateArgs),
+
+    /// Show the node that runs here: peers, lag, conflicts, warnings.
+    ///
+    /// Asks the running node. The exit code is 0 if it is ready and 1 if it is not, or if none runs.
+    Status(StatusArgs),
+
+    /// Wait until every live node has what this node has now.
+    ///
+    /// Returns when each live node has applied all that was committed here before the call. The exit code is 1 if
+    /// that takes longer than the time-out; the nodes that lag are then named.
+    Sync(SyncArgs),
+
+    /// Tell what in a file's schema is fragile when several nodes write.
+    ///
+    /// Reads the file and changes nothing; the file need not be replicated yet. Each finding says what it is, what
+    /// litemesh does about it, and what would be better. The exit code is 0 unless the file cannot be replicated.
+    Check(CheckArgs),
+
+    /// Look at writes that lost against others and were kept.
+    #[command(subcommand)]
+    Conflicts(ConflictsCommand),
+
+    /// Stop replicating a file and remove every trace of litemesh from it.
+    ///
+    /// Its rows stay as they are; our tables and triggers go. The node must not be running with this database, and
+    /// other nodes keep their copies.
+    Detach(DetachArgs),
+
+    /// See it work: two nodes and a small database, on this machine only.
+    ///
+    /// Starts two nodes in a directory of their own, writes on both, cuts them apart, and shows that they agree
+    /// again. Nothing outside the directory is touched.
+    Demo(DemoArgs),
+
+    /// Print a completion script for a shell.
+    ///
+    /// For bash, for example: litemesh completions bash > /etc/bash_completion.d/litemesh
+    Completions(CompletionsArgs),
+
+    /// Print the manual page in roff.
+    ///
+    /// To read it at once: litemesh man | man -l -
+    Man,
+}
+
+/// Where a command finds the node that runs here.
+#[derive(Debug, Clone, Default, Args)]
+pub struct StateArgs {
+    /// The directory with this node's keys, logs and server.
+    ///
+    /// By default the user's data directory, such as ~/.local/share/litemesh.
+    #[arg(long, value_name = "DIR", env = "LITEMESH_STATE_DIR")]
+    pub state_dir: Option<PathBuf>,
+}
+
+/// Arguments of `up`. Each may also be given as `LITEMESH_*` or in the configuration file; what is given here wins.
+#[derive(Debug, Clone, Default, Args)]
+pub struct UpArgs {
+    /// SQLite files to replicate: a path, NAME=PATH, or a quoted glob.
+    ///
+    /// A database goes by one name on every host: the file's name without its extension, or the NAME given.
+    #[arg(value_name = "DB|NAME=DB|GLOB")]
+    pub databases: Vec<String>,
+    /// The node's name, unique in the mesh [default: the host's name].
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+    /// The directory for this node's keys, logs and server.
+    ///
+    /// By default the user's data directory, such as ~/.local/share/litemesh.
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+    /// Where this node listens for its peers [default: 0.0.0.0:6222].
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub cluster: Option<String>,
+    /// How peers reach this node, if not by the address it listens on.
+    #[arg(long, value_name = "HOST:PORT")]
+    pub advertise: Option<String>,
+    /// Where programs of this host reach NATS [default: 127.0.0.1:4222].
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub client: Option<String>,
+    /// Where the status page, metrics and health checks are: loopback only [default: 127.0.0.1:8222].
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub http: Option<String>,
+    /// The token that `litemesh token` or `up` printed on another node.
+    ///
+    /// Other users of this host can see it in the list of processes: LITEMESH_JOIN or --join-file keep it to
+    /// yourself.
+    #[arg(long, value_name = "TOKEN", conflicts_with = "join_file")]
+    pub join: Option<String>,
+    /// A file that holds the token.
+    #[arg(long, value_name = "FILE")]
+    pub join_file: Option<PathBuf>,
+    /// A TOML file with any of these options.
+    #[arg(long, value_name = "FILE", env = "LITEMESH_CONFIG")]
+    pub config: Option<PathBuf>,
+    /// The journal of the SQLite files [default: wal].
+    #[arg(long, value_enum)]
+    pub journal: Option<JournalArg>,
+    /// Replicate only tables that match one of these globs (may be given several times).
+    #[arg(long, value_name = "TABLE_GLOB")]
+    pub include: Vec<String>,
+    /// Leave out tables that match one of these globs (may be given several times).
+    #[arg(long, value_name = "TABLE_GLOB")]
+    pub exclude: Vec<String>,
+    /// What to log: error, warn, info, debug, trace, or filters of single modules [default: info].
+    #[arg(long, value_name = "LEVEL")]
+    pub log: Option<String>,
+}
+
+/// What to do with a file's journal mode.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum JournalArg {
+    /// Put files into WAL mode once; this lasts, and readers no longer wait for writers.
+    Wal,
+    /// Leave each file's mode as it is.
+    Keep,
+}
+
+impl UpArgs {
+    /// The options that were given, as the topmost source of the configuration.
+    pub fn raw(&self) -> Raw {
+        let list = |l: &[String]| (!l.is_empty()).then(|| l.to_vec());
+        let journal = self.journal.map(|j| match j {
+            JournalArg::Wal => "wal".to_owned(),
+            JournalArg::Keep => "keep".to_owned(),
+        });
+        Raw {
+            databases: list(&self.databases),
+            name: self.name.clone(),
+            state_dir: self.state_dir.clone(),
+            cluster: self.cluster.clone(),
+            advertise: self.advertise.clone(),
+            client: self.client.clone(),
+            http: self.http.clone(),
+            join: self.join.clone(),
+            join_file: self.join_file.clone(),
+            journal,
+            include: list(&self.include),
+            exclude: list(&self.exclude),
+            log: self.log.clone(),
+        }
+    }
+}
+
+/// Arguments of `status`.
+#[derive(Debug, Clone, Args)]
+pub struct StatusArgs {
+    /// Print the JSON of /api/status.
+    #[arg(long)]
+    pub json: bool,
+    /// Show it anew every second until Ctrl-C.
+    #[arg(long)]
+    pub watch: bool,
+    /// Where the node's state is.
+    #[command(flatten)]
+    pub state: StateArgs,
+}
+
+/// Arguments of `sync`.
+#[derive(Debug, Clone, Args)]
+pub struct SyncArgs {
+    /// The database's name; all of them by default.
+    #[arg(value_name = "DB")]
+    pub database: Option<String>,
+    /// How long to wait, for example 500ms, 10s or 2m.
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
+    pub timeout: Duration,
+    /// Where the node's state is.
+    #[command(flatten)]
+    pub state: StateArgs,
+}
+
+/// Arguments of `check`.
+#[derive(Debug, Clone, Args)]
+pub struct CheckArgs {
+    /// The SQLite file.
+    #[arg(value_name = "DB")]
+    pub database: PathBuf,
+    /// Print findings as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What to do with conflicts.
+#[derive(Debug, Subcommand)]
+pub enum ConflictsCommand {
+    /// List the writes that lost, newest first.
+    ///
+    /// Each with its table, key and values, and the version that won.
+    List(ConflictsListArgs),
+}
+
+/// Arguments of `conflicts list`.
+#[derive(Debug, Clone, Args)]
+pub struct ConflictsListArgs {
+    /// The SQLite file.
+    #[arg(value_name = "DB")]
+    pub database: PathBuf,
+    /// Print them as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `detach`.
+#[derive(Debug, Clone, Args)]
+pub struct DetachArgs {
+    /// The SQLite file.
+    #[arg(value_name = "DB")]
+    pub database: PathBuf,
+    /// Where the node's state is.
+    #[command(flatten)]
+    pub state: StateArgs,
+}
+
+/// Arguments of `demo`.
+#[derive(Debug, Clone, Args)]
+pub struct DemoArgs {
+    /// Where to keep the demo's files; by default a temporary directory that is removed at the end.
+    #[arg(long, value_name = "DIR")]
+    pub dir: Option<PathBuf>,
+}
+
+/// Arguments of `completions`.
+#[derive(Debug, Clone, Args)]
+pub struct CompletionsArgs {
+    /// The shell.
+    #[arg(value_enum)]
+    pub shell: clap_complete::Shell,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn up_takes_databases_and_flags_in_any_order() {
+        let line = ["litemesh", "up", "a.db", "--name", "n1", "b=c.db", "--journal", "keep"];
+        let Command::Up(up) = Cli::try_parse_from(line).unwrap().command else { panic!("not up") };
+        let raw = up.raw();
+        assert_eq!(raw.databases.unwrap(), ["a.db", "b=c.db"]);
+        assert_eq!((raw.name.as_deref(), raw.journal.as_deref()), (Some("n1"), Some("keep")));
+        assert_eq!(raw.include, None);
+    }
+
+    #[test]
+    fn wrong_usage_is_refused() {
+        for line in [
+            &["litemesh", "up", "--join", "a", "--join-file", "b"][..],
+            &["litemesh", "sync", "--timeout", "soon"],
+            &["litemesh", "check"],
+            &["litemesh", "up", "--journal", "off"],
+        ] {
+            assert_eq!(Cli::try_parse_from(line).unwrap_err().exit_code(), 2, "{line:?}");
+        }
+    }
+
+    #[test]
+    fn every_command_tells_more_in_its_long_help() {
+        for command in Cli::command().get_subcommands() {
+            let long = command.get_long_about().map(ToString::to_string).unwrap_or_default();
+            let group = command.has_subcommands();
+            assert!(group || long.lines().count() > 1, "{}", command.get_name());
+        }
+    }
+}

@@ -1,0 +1,5 @@
+//! The command line: one file a command. Invariant: a command prints its results on stdout, everything else on
+//! stderr.
+
+pub mod args;
+pub mod complete;

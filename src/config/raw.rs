@@ -1,0 +1,192 @@
+//! The configuration as typed, from one source. Invariant: every field is optional, and nothing is interpreted but
+//! which directory a relative path of the file starts from.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use super::ConfigError;
+
+/// What the names of our environment variables begin with.
+pub const ENV_PREFIX: &str = "LITEMESH_";
+
+/// The options, by their names in the file.
+pub const KEYS: [&str; 13] = [
+    "databases",
+    "name",
+    "state_dir",
+    "cluster",
+    "advertise",
+    "client",
+    "http",
+    "join",
+    "join_file",
+    "journal",
+    "include",
+    "exclude",
+    "log",
+];
+
+/// The variable that sets an option.
+pub fn variable(option: &str) -> String {
+    format!("{ENV_PREFIX}{}", option.to_uppercase())
+}
+
+/// Options as one source gives them.
+#[derive(Clone, Default, PartialEq, Eq, Deserialize)]
+pub struct Raw {
+    /// `PATH`, `NAME=PATH` or globs.
+    pub databases: Option<Vec<String>>,
+    /// The node's name.
+    pub name: Option<String>,
+    /// The state directory.
+    pub state_dir: Option<PathBuf>,
+    /// Where to listen for peers.
+    pub cluster: Option<String>,
+    /// How peers reach this node.
+    pub advertise: Option<String>,
+    /// Where to listen for the host's programs.
+    pub client: Option<String>,
+    /// Where the status page is.
+    pub http: Option<String>,
+    /// A join token: secret.
+    pub join: Option<String>,
+    /// A file that holds it.
+    pub join_file: Option<PathBuf>,
+    /// `wal` or `keep`.
+    pub journal: Option<String>,
+    /// Globs of tables to replicate.
+    pub include: Option<Vec<String>>,
+    /// Globs of tables to leave out.
+    pub exclude: Option<Vec<String>>,
+    /// What to log.
+    pub log: Option<String>,
+}
+
+impl std::fmt::Debug for Raw {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Raw")
+            .field("databases", &self.databases)
+            .field("name", &self.name)
+            .field("state_dir", &self.state_dir)
+            .field("join", &self.join.as_ref().map(|_| "(secret)"))
+            .field("join_file", &self.join_file)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Raw {
+    /// Reads a TOML file. Its relative paths start from its own directory, wherever the process was started.
+    pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
+        let wrong =
+            |e: toml::de::Error| ConfigError::Syntax { path: path.to_owned(), message: e.to_string() };
+        let table: toml::Table = toml::from_str(&text).map_err(wrong)?;
+        for key in table.keys() {
+            if !KEYS.contains(&key.as_str()) {
+                let nearest = nearest(key, &KEYS).to_owned();
+                let place = path.display().to_string();
+                return Err(ConfigError::UnknownKey { place, key: key.clone(), nearest });
+            }
+        }
+        let mut raw: Self = toml::from_str(&text).map_err(wrong)?;
+        raw.check_source(&path.display().to_string())?;
+        raw.start_from(path.parent().unwrap_or(Path::new("")));
+        Ok(raw)
+    }
+
+    fn start_from(&mut self, dir: &Path) {
+        for path in [&mut self.state_dir, &mut self.join_file].into_iter().flatten() {
+            *path = dir.join(&*path);
+        }
+        for database in self.databases.iter_mut().flatten() {
+            let (name, path) = super::databases::split(database);
+            let name = name.map_or(String::new(), |n| format!("{n}="));
+            // A path that is not Unicode cannot come from a TOML file, but the directory's may be so.
+            *database = format!("{name}{}", dir.join(path).to_string_lossy());
+        }
+    }
+
+    /// Reads the `LITEMESH_*` variables; lists are separated by commas, and an empty variable counts as unset.
+    /// Others with our prefix are passed over: Kubernetes makes such variables of the name of a service.
+    pub fn from_environment(variables: &[(OsString, OsString)]) -> Result<Self, ConfigError> {
+        let mut raw = Self::default();
+        for (name, value) in variables {
+            let Some(name) = name.to_str() else { continue };
+            let Some(key) = name.strip_prefix(ENV_PREFIX) else { continue };
+            let key = key.to_lowercase();
+            if !KEYS.contains(&key.as_str()) || value.is_empty() {
+                continue;
+            }
+            let value = value.to_str().ok_or_else(|| ConfigError::NotUnicode(name.to_owned()))?;
+            raw.set(&key, value);
+        }
+        raw.check_source("the environment")?;
+        Ok(raw)
+    }
+
+    fn set(&mut self, key: &str, value: &str) {
+        let list = || {
+            let items = value.split(',').map(str::trim).filter(|v| !v.is_empty());
+            Some(items.map(str::to_owned).collect())
+        };
+        let text = || Some(value.to_owned());
+        match key {
+            "databases" => self.databases = list(),
+            "include" => self.include = list(),
+            "exclude" => self.exclude = list(),
+            "state_dir" => self.state_dir = Some(value.into()),
+            "join_file" => self.join_file = Some(value.into()),
+            "name" => self.name = text(),
+            "cluster" => self.cluster = text(),
+            "advertise" => self.advertise = text(),
+            "client" => self.client = text(),
+            "http" => self.http = text(),
+            "join" => self.join = text(),
+            "journal" => self.journal = text(),
+            "log" => self.log = text(),
+            _ => {}
+        }
+    }
+
+    /// Refuses what contradicts itself within one source.
+    pub fn check_source(&self, place: &str) -> Result<(), ConfigError> {
+        match (&self.join, &self.join_file) {
+            (Some(_), Some(_)) => Err(ConfigError::TwoTokens(place.to_owned())),
+            _ => Ok(()),
+        }
+    }
+
+    /// These options, and those of `below` where these say nothing.
+    pub fn over(self, below: Self) -> Self {
+        // Two ways to give one thing: the upper source decides, whichever of them it uses.
+        let (join, join_file) = match (self.join, self.join_file) {
+            (None, None) => (below.join, below.join_file),
+            given => given,
+        };
+        Self {
+            databases: self.databases.or(below.databases),
+            name: self.name.or(below.name),
+            state_dir: self.state_dir.or(below.state_dir),
+            cluster: self.cluster.or(below.cluster),
+            advertise: self.advertise.or(below.advertise),
+            client: self.client.or(below.client),
+            http: self.http.or(below.http),
+            join,
+            join_file,
+            journal: self.journal.or(below.journal),
+            include: self.include.or(below.include),
+            exclude: self.exclude.or(below.exclude),
+            log: self.log.or(below.log),
+        }
+    }
+}
+
+/// The known word that looks most like `word`.
+pub fn nearest<'w>(word: &str, known: &[&'w str]) -> &'w str {
+    let word = word.to_lowercase().replace('-', "_");
+    let distance = |k: &&&str| strsim::damerau_levenshtein(&word, k);
+    known.iter().min_by_key(distance).copied().unwrap_or_default()
+}

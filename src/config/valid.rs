@@ -1,0 +1,262 @@
+//! The validated configuration. Invariant: a [`Config`] is consistent in itself; what it says about the world (ports,
+//! files) may still turn out otherwise when it is used.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use glob::{MatchOptions, Pattern};
+use tracing_subscriber::EnvFilter;
+
+use super::databases;
+use super::raw::{Raw, nearest};
+use super::{ConfigError, Surroundings};
+use crate::core::names::{DbName, MAX_NAME_LEN, NodeName};
+
+/// Where peers are listened for by default.
+pub const DEFAULT_CLUSTER: &str = "0.0.0.0:6222";
+/// Where the host's programs are listened for by default.
+pub const DEFAULT_CLIENT: &str = "127.0.0.1:4222";
+/// Where the status page is by default.
+pub const DEFAULT_HTTP: &str = "127.0.0.1:8222";
+/// What is logged by default.
+pub const DEFAULT_LOG: &str = "info";
+
+/// A SQLite file to replicate.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DatabaseSpec {
+    /// Its name, the same on every node.
+    pub name: DbName,
+    /// Its absolute path; there may be no such file yet.
+    pub path: PathBuf,
+}
+
+/// How peers reach this node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Advertise {
+    /// A name or an address, an IPv6 address without its brackets.
+    pub host: String,
+    /// The port.
+    pub port: u16,
+}
+
+impl fmt::Display for Advertise {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.host.contains(':') {
+            true => write!(f, "[{}]:{}", self.host, self.port),
+            false => write!(f, "{}:{}", self.host, self.port),
+        }
+    }
+}
+
+/// Where the join token is. What it holds is never printed.
+#[derive(Clone, PartialEq, Eq)]
+pub enum Join {
+    /// The token itself.
+    Token(String),
+    /// A file that holds it.
+    File(PathBuf),
+}
+
+impl fmt::Debug for Join {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Token(_) => f.write_str("Token(secret)"),
+            Self::File(path) => f.debug_tuple("File").field(path).finish(),
+        }
+    }
+}
+
+impl Join {
+    /// The token. Call it only for a node that belongs to no mesh yet: the file need not outlive the joining.
+    pub fn token(&self) -> Result<String, ConfigError> {
+        databases::read_token(self)
+    }
+}
+
+/// What to do with the journal mode of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Journal {
+    /// Put it into WAL mode once.
+    #[default]
+    Wal,
+    /// Leave it.
+    Keep,
+}
+
+/// Which tables are replicated.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct TableFilter {
+    include: Vec<Pattern>,
+    exclude: Vec<Pattern>,
+}
+
+impl TableFilter {
+    /// Whether a table of this name is replicated: it matches an `include` glob, or there is none, and no `exclude`
+    /// glob. Table names have no case, as in SQLite.
+    pub fn covers(&self, table: &str) -> bool {
+        let options = MatchOptions { case_sensitive: false, ..MatchOptions::new() };
+        let any = |globs: &[Pattern]| globs.iter().any(|g| g.matches_with(table, options));
+        (self.include.is_empty() || any(&self.include)) && !any(&self.exclude)
+    }
+}
+
+/// A node's configuration.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// The SQLite files; a node without any carries messages only.
+    pub databases: Vec<DatabaseSpec>,
+    /// The node's name.
+    pub name: NodeName,
+    /// The directory for its keys, logs and server, absolute.
+    pub state_dir: PathBuf,
+    /// Where it listens for peers.
+    pub cluster: SocketAddr,
+    /// How peers reach it, if not by `cluster`.
+    pub advertise: Option<Advertise>,
+    /// Where it listens for the host's programs.
+    pub client: SocketAddr,
+    /// Where the status page is; a loopback address.
+    pub http: SocketAddr,
+    /// The token to join with, if one was given.
+    pub join: Option<Join>,
+    /// What to do with journal modes.
+    pub journal: Journal,
+    /// Which tables are replicated.
+    pub tables: TableFilter,
+    /// A filter for the log, in the syntax of `tracing_subscriber::EnvFilter`.
+    pub log: String,
+}
+
+/// Validates merged options.
+pub fn validate(raw: Raw, around: &Surroundings) -> Result<Config, ConfigError> {
+    let cluster = address("cluster", raw.cluster.as_deref(), DEFAULT_CLUSTER)?;
+    let client = loopback("client", raw.client.as_deref(), DEFAULT_CLIENT, "programs on this host use it")?;
+    let http = loopback("http", raw.http.as_deref(), DEFAULT_HTTP, "the status page has no password")?;
+    distinct_ports(&[("cluster", cluster), ("client", client), ("http", http)])?;
+    let join = match (raw.join, raw.join_file) {
+        (Some(token), _) if token.trim().is_empty() => {
+            return Err(ConfigError::value("join", "", "a token as `litemesh token` prints it is missing"));
+        }
+        (Some(token), _) => Some(Join::Token(token.trim().to_owned())),
+        (None, file) => file.map(|f| Join::File(absolute(&f))),
+    };
+    Ok(Config {
+        databases: databases::resolve(&raw.databases.unwrap_or_default())?,
+        name: node_name(raw.name.as_deref(), around)?,
+        state_dir: super::state_dir(raw.state_dir.as_deref(), around)?,
+        cluster,
+        advertise: raw.advertise.as_deref().map(advertise).transpose()?,
+        client,
+        http,
+        join,
+        journal: journal(raw.journal.as_deref())?,
+        tables: TableFilter {
+            include: globs("include", raw.include)?,
+            exclude: globs("exclude", raw.exclude)?,
+        },
+        log: log(raw.log)?,
+    })
+}
+
+/// The path from the root, without looking at the file.
+pub(super) fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
+}
+
+fn address(option: &'static str, given: Option<&str>, default: &str) -> Result<SocketAddr, ConfigError> {
+    let text = given.unwrap_or(default).trim();
+    let numeric = match text.strip_prefix("localhost:") {
+        Some(port) => format!("127.0.0.1:{port}"),
+        None => text.to_owned(),
+    };
+    let wrong =
+        |_| ConfigError::value(option, text, format!("write an address and a port, such as {default}"));
+    numeric.parse().map_err(wrong)
+}
+
+fn loopback(
+    option: &'static str,
+    given: Option<&str>,
+    default: &str,
+    why: &str,
+) -> Result<SocketAddr, ConfigError> {
+    let address = address(option, given, default)?;
+    if !address.ip().is_loopback() {
+        let reason = format!("{why}, so only a loopback address such as {default} is accepted");
+        return Err(ConfigError::value(option, given.unwrap_or(default), reason));
+    }
+    Ok(address)
+}
+
+fn distinct_ports(listeners: &[(&'static str, SocketAddr)]) -> Result<(), ConfigError> {
+    for (i, (second, b)) in listeners.iter().enumerate() {
+        for (first, a) in &listeners[..i] {
+            let same_ip = a.ip() == b.ip() || a.ip().is_unspecified() || b.ip().is_unspecified();
+            if a.port() == b.port() && a.port() != 0 && same_ip {
+                return Err(ConfigError::SamePort { first, second, port: a.port() });
+            }
+        }
+    }
+    Ok(())
+}
+
+fn advertise(text: &str) -> Result<Advertise, ConfigError> {
+    let wrong = || {
+        let reason =
+            "write a host and a port as peers reach them, such as db1.example:6222 or [2001:db8::1]:6222";
+        ConfigError::value("advertise", text, reason)
+    };
+    let (host, port) = text.trim().rsplit_once(':').ok_or_else(wrong)?;
+    let port: u16 = port.parse().ok().filter(|p| *p != 0).ok_or_else(wrong)?;
+    let host = match host.strip_prefix('[').and_then(|h| h.strip_suffix(']')) {
+        Some(v6) => v6.parse::<std::net::Ipv6Addr>().map_err(|_| wrong())?.to_string(),
+        None => host.to_owned(),
+    };
+    let plain = |c: char| c.is_ascii_alphanumeric() || c == '.' || c == '-' || c == '_';
+    let is_v6 = host.parse::<std::net::Ipv6Addr>().is_ok() && text.contains('[');
+    let unspecified = host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_unspecified());
+    if host.is_empty() || unspecified || !(is_v6 || host.chars().all(plain)) {
+        return Err(wrong());
+    }
+    Ok(Advertise { host, port })
+}
+
+fn node_name(given: Option<&str>, around: &Surroundings) -> Result<NodeName, ConfigError> {
+    if let Some(name) = given {
+        return name.parse().map_err(|e| ConfigError::value("name", name, format!("{e}")));
+    }
+    let host = around.host_name.as_deref().unwrap_or_default();
+    let short = host.split('.').next().unwrap_or_default();
+    let fit = |c: char| if c.is_ascii_alphanumeric() || c == '_' { c } else { '-' };
+    let made: String = short.chars().map(fit).take(MAX_NAME_LEN).collect();
+    made.trim_matches('-').parse().map_err(|_| ConfigError::HostName(host.to_owned()))
+}
+
+fn journal(given: Option<&str>) -> Result<Journal, ConfigError> {
+    match given.map(str::to_lowercase).as_deref() {
+        None | Some("wal") => Ok(Journal::Wal),
+        Some("keep") => Ok(Journal::Keep),
+        Some(other) => {
+            Err(ConfigError::value("journal", other, "it is \"wal\" (WAL mode, set once) or \"keep\""))
+        }
+    }
+}
+
+fn globs(option: &'static str, given: Option<Vec<String>>) -> Result<Vec<Pattern>, ConfigError> {
+    let wrong = |text: &str, e: glob::PatternError| ConfigError::value(option, text, e.to_string());
+    given.unwrap_or_default().iter().map(|g| Pattern::new(g).map_err(|e| wrong(g, e))).collect()
+}
+
+fn log(given: Option<String>) -> Result<String, ConfigError> {
+    const LEVELS: [&str; 6] = ["error", "warn", "info", "debug", "trace", "off"];
+    let text = given.unwrap_or_else(|| DEFAULT_LOG.to_owned());
+    let level = text.trim().to_lowercase();
+    // One word that is no level would pass as the name of a module, and nothing would be logged.
+    if !level.contains(['=', ',', '[']) && !LEVELS.contains(&level.as_str()) {
+        let reason = format!("there is no such level; did you mean {:?}?", nearest(&level, &LEVELS));
+        return Err(ConfigError::value("log", &text, reason));
+    }
+    EnvFilter::try_new(text.trim()).map_err(|e| ConfigError::value("log", &text, e.to_string()))?;
+    Ok(text.trim().to_owned())
+}
