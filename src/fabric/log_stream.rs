@@ -1,12 +1,12 @@
 //! This node's JetStream stream: the log of its own commits. Invariant: nothing ever waits for it; it is made when
 //! the cluster lets it, and what it takes is only counted.
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 use tracing::{debug, info};
 
 use super::conf::placement_tag;
@@ -16,6 +16,8 @@ use crate::core::names::NodeName;
 const NAME_IN_USE: u64 = 10058;
 const FIRST_RETRY: Duration = Duration::from_millis(250);
 const LAST_RETRY: Duration = Duration::from_secs(30);
+/// Without a leader nobody answers at all, and asking again once there is one is what helps.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(2);
 /// Somebody may delete the stream: it is looked after.
 const LOOK_AFTER: Duration = Duration::from_secs(300);
 
@@ -104,7 +106,7 @@ pub(super) async fn keep(
     client: async_nats::Client,
     node: NodeName,
     limits: LogLimits,
-    counters: std::sync::Arc<LogCounters>,
+    counters: Arc<LogCounters>,
 ) {
     let mut delay = FIRST_RETRY;
     loop {
@@ -154,12 +156,18 @@ fn stream_config(node: &NodeName, limits: LogLimits) -> Value {
 async fn ensure(client: &async_nats::Client, node: &NodeName, limits: LogLimits) -> Result<(), String> {
     let name = stream_name(node);
     let config = stream_config(node, limits).to_string();
-    let ask = |verb: &str| client.request(format!("$JS.API.STREAM.{verb}.{name}"), config.clone().into());
-    let created = ask("CREATE").await.map_err(|e| e.to_string())?;
+    let ask = async |verb: &str| {
+        let request = client.request(format!("$JS.API.STREAM.{verb}.{name}"), config.clone().into());
+        match timeout(ANSWER_PATIENCE, request).await {
+            Ok(answer) => answer.map_err(|e| e.to_string()),
+            Err(_) => Err("nobody answers: the cluster has no leader".to_owned()),
+        }
+    };
+    let created = ask("CREATE").await?;
     match error_of(&created) {
         None => Ok(()),
         Some((NAME_IN_USE, _)) => {
-            let updated = ask("UPDATE").await.map_err(|e| e.to_string())?;
+            let updated = ask("UPDATE").await?;
             error_of(&updated).map_or(Ok(()), |(_, reason)| Err(reason))
         }
         Some((_, reason)) => Err(reason),
