@@ -14,6 +14,8 @@ use crate::core::names::NodeName;
 
 /// A stream of that name exists and is not configured so.
 const NAME_IN_USE: u64 = 10058;
+/// The least a server takes.
+const DUPLICATE_WINDOW_NS: u64 = 100_000_000;
 const FIRST_RETRY: Duration = Duration::from_millis(250);
 const LAST_RETRY: Duration = Duration::from_secs(30);
 /// Without a leader nobody answers at all, and asking again once there is one is what helps.
@@ -144,6 +146,8 @@ fn stream_config(node: &NodeName, limits: LogLimits) -> Value {
         "num_replicas": 1,
         "max_bytes": limits.max_bytes,
         "max_age": u64::try_from(limits.max_age.as_nanos()).unwrap_or(u64::MAX),
+        // Nothing carries a message id; but a server that starts reads all that is younger than this.
+        "duplicate_window": DUPLICATE_WINDOW_NS,
         "max_consumers": -1,
         "max_msgs": -1,
         "allow_direct": true,
