@@ -79,10 +79,9 @@ pub async fn found(founding: Founding<'_>) -> Result<(), FabricError> {
     // Stopped before anything else: a removed server that goes on running votes again some minutes later.
     helper.stop().await;
     result?;
-    mark_done(founding.state_dir)?;
-    // It holds nothing of value, and is never looked at again.
+    // It holds nothing of value. What cannot be removed stays: it is never looked at again.
     let _ = std::fs::remove_dir_all(&dir);
-    Ok(())
+    mark_done(founding.state_dir)
 }
 
 fn start_helper(founding: &Founding<'_>, name: &str, dir: &Path) -> Result<Server, FabricError> {

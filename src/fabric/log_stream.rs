@@ -1,12 +1,12 @@
 //! This node's JetStream stream: the log of its own commits. Invariant: nothing ever waits for it; it is made when
 //! the cluster lets it, and what it takes is only counted.
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 use tracing::{debug, info};
 
 use super::conf::placement_tag;
@@ -14,8 +14,12 @@ use crate::core::names::NodeName;
 
 /// A stream of that name exists and is not configured so.
 const NAME_IN_USE: u64 = 10058;
+/// The least a server takes.
+const DUPLICATE_WINDOW_NS: u64 = 100_000_000;
 const FIRST_RETRY: Duration = Duration::from_millis(250);
 const LAST_RETRY: Duration = Duration::from_secs(30);
+/// Without a leader nobody answers at all, and asking again once there is one is what helps.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(2);
 /// Somebody may delete the stream: it is looked after.
 const LOOK_AFTER: Duration = Duration::from_secs(300);
 
@@ -104,7 +108,7 @@ pub(super) async fn keep(
     client: async_nats::Client,
     node: NodeName,
     limits: LogLimits,
-    counters: std::sync::Arc<LogCounters>,
+    counters: Arc<LogCounters>,
 ) {
     let mut delay = FIRST_RETRY;
     loop {
@@ -142,6 +146,8 @@ fn stream_config(node: &NodeName, limits: LogLimits) -> Value {
         "num_replicas": 1,
         "max_bytes": limits.max_bytes,
         "max_age": u64::try_from(limits.max_age.as_nanos()).unwrap_or(u64::MAX),
+        // Nothing carries a message id; but a server that starts reads all that is younger than this.
+        "duplicate_window": DUPLICATE_WINDOW_NS,
         "max_consumers": -1,
         "max_msgs": -1,
         "allow_direct": true,
@@ -154,12 +160,18 @@ fn stream_config(node: &NodeName, limits: LogLimits) -> Value {
 async fn ensure(client: &async_nats::Client, node: &NodeName, limits: LogLimits) -> Result<(), String> {
     let name = stream_name(node);
     let config = stream_config(node, limits).to_string();
-    let ask = |verb: &str| client.request(format!("$JS.API.STREAM.{verb}.{name}"), config.clone().into());
-    let created = ask("CREATE").await.map_err(|e| e.to_string())?;
+    let ask = async |verb: &str| {
+        let request = client.request(format!("$JS.API.STREAM.{verb}.{name}"), config.clone().into());
+        match timeout(ANSWER_PATIENCE, request).await {
+            Ok(answer) => answer.map_err(|e| e.to_string()),
+            Err(_) => Err("nobody answers: the cluster has no leader".to_owned()),
+        }
+    };
+    let created = ask("CREATE").await?;
     match error_of(&created) {
         None => Ok(()),
         Some((NAME_IN_USE, _)) => {
-            let updated = ask("UPDATE").await.map_err(|e| e.to_string())?;
+            let updated = ask("UPDATE").await?;
             error_of(&updated).map_or(Ok(()), |(_, reason)| Err(reason))
         }
         Some((_, reason)) => Err(reason),

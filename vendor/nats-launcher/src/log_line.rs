@@ -21,12 +21,12 @@ pub(crate) struct LogLine<'a> {
 }
 
 const TAGS: [(&str, Level); 6] = [
-    ("[INF] ", Level::Info),
-    ("[WRN] ", Level::Warn),
-    ("[ERR] ", Level::Error),
-    ("[FTL] ", Level::Fatal),
-    ("[DBG] ", Level::Debug),
-    ("[TRC] ", Level::Trace),
+    ("[INF]", Level::Info),
+    ("[WRN]", Level::Warn),
+    ("[ERR]", Level::Error),
+    ("[FTL]", Level::Fatal),
+    ("[DBG]", Level::Debug),
+    ("[TRC]", Level::Trace),
 ];
 
 impl<'a> LogLine<'a> {
@@ -38,13 +38,17 @@ impl<'a> LogLine<'a> {
             .min_by_key(|(at, ..)| *at)
             .map_or(Self { level: Level::Error, text: line.trim_end() }, |(at, len, level)| Self {
                 level,
-                text: line[at + len..].trim_end(),
+                text: line[at + len..].trim(),
             })
     }
 
     /// Into the program's own log.
     pub(crate) fn relay(&self, server: &str) {
         let text = self.text;
+        // The banner is drawn with empty lines.
+        if text.is_empty() {
+            return;
+        }
         match self.level {
             Level::Trace => trace!(target: "nats", server, "{text}"),
             Level::Debug => debug!(target: "nats", server, "{text}"),
@@ -73,6 +77,8 @@ mod tests {
         let line = LogLine::parse("[71] 2026/01/02 03:04:05.678901 [WRN] slow [INF] consumer\n");
         assert_eq!(line, LogLine { level: Level::Warn, text: "slow [INF] consumer" });
         assert_eq!(LogLine::parse("panic: oh").level, Level::Error);
+        let empty = LogLine { level: Level::Info, text: "" };
+        assert_eq!(LogLine::parse("[71] 2026/01/02 03:04:05.678901 [INF]"), empty);
     }
 
     #[test]
