@@ -3,6 +3,8 @@
 pub mod cli;
 pub mod config;
 pub mod core;
+pub mod daemon;
 pub mod fabric;
 pub mod replica;
 pub mod sqlite;
+pub mod status;

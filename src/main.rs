@@ -1,3 +1,10 @@
-//! The `litemesh` command.
+//! The `litemesh` command: parse, dispatch, exit code.
 
-fn main() {}
+use std::process::ExitCode;
+
+use clap::Parser;
+use litemesh::cli::{args::Cli, run};
+
+fn main() -> ExitCode {
+    run::run(&Cli::parse())
+}

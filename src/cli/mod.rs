@@ -2,4 +2,11 @@
 //! stderr.
 
 pub mod args;
+pub mod check;
+pub mod client;
 pub mod complete;
+pub mod conflicts;
+pub mod demo;
+pub mod node;
+pub mod run;
+pub mod up;

@@ -177,12 +177,16 @@ async fn barrier(router: &Router, db: &DbName, deadline: Instant) -> Result<(usi
     let mut pause = Duration::from_millis(2);
     loop {
         let asked = worker.clone();
-        let holding = tokio::task::spawn_blocking(move || asked.call(|engine| engine.peers().clone())).await?;
+        let holding =
+            tokio::task::spawn_blocking(move || asked.call(|engine| engine.peers().clone())).await?;
         let holding = holding.context("it was detached")?;
         let now_ms = wall_clock_ms();
         let peers = router.peers();
-        let live: Vec<_> =
-            peers.iter().filter(|(_, p)| p.is_live(now_ms) && p.hello.dbs.contains(db)).map(|(n, _)| n).collect();
+        let live: Vec<_> = peers
+            .iter()
+            .filter(|(_, p)| p.is_live(now_ms) && p.hello.dbs.contains(db))
+            .map(|(n, _)| n)
+            .collect();
         let has = |n: &NodeName| holding.get(n).is_some_and(|p| p.holding.vector.includes(&target));
         let laggards: Vec<NodeName> = live.iter().filter(|n| !has(n)).map(|n| (*n).clone()).collect();
         if laggards.is_empty() || Instant::now() >= deadline {

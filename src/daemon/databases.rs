@@ -14,7 +14,7 @@ use tracing::{info, warn};
 use super::joining::{fetch_copy, peers_with};
 use super::router::Router;
 use super::state_dir::{NodeState, lock_database, new_site};
-use crate::config::{DatabaseSpec, Journal};
+use crate::config::{DatabaseSpec, Journal, TableFilter};
 use crate::core::names::DbName;
 use crate::core::sqltext::ident;
 use crate::core::version::SiteId;
@@ -72,6 +72,8 @@ pub struct Starter<'a> {
     pub outgoing: tokio::sync::mpsc::Sender<Outgoing>,
     /// What to do with journal modes.
     pub journal: Journal,
+    /// Which tables are replicated.
+    pub tables: TableFilter,
     /// Whether other nodes belong to the mesh, up or not.
     pub has_members: bool,
     /// Whether the operator said to join.
@@ -151,7 +153,10 @@ impl Starter<'_> {
             );
         }
         drop(conn);
-        Store::open(path, &self.state.spool()).with_context(|| format!("{}", path.display()))
+        let tables = self.tables.clone();
+        let covers = move |table: &str| tables.covers(table);
+        Store::open(path, &self.state.spool(), Box::new(covers))
+            .with_context(|| format!("{}", path.display()))
     }
 
     /// Whom to get the database from; `None` if this file is the first.
@@ -175,7 +180,9 @@ impl Starter<'_> {
             }
             if asked.elapsed() > PEER_PATIENCE && !heard {
                 if self.joins {
-                    bail!("no node of the mesh answers: is one running, and is its cluster port reachable from here?");
+                    bail!(
+                        "no node of the mesh answers: is one running, and is its cluster port reachable from here?"
+                    );
                 }
                 if !found.has_rows {
                     return Ok(None);

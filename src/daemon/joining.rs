@@ -66,7 +66,8 @@ async fn fetch(
         if let Some(p) = part.take() {
             let index = p.offset / PART_BYTES as u64;
             if p.copy == copy && index < parts && !have[index as usize] {
-                file.write_all_at(&p.data, p.offset).with_context(|| format!("cannot write {}", dest.display()))?;
+                file.write_all_at(&p.data, p.offset)
+                    .with_context(|| format!("cannot write {}", dest.display()))?;
                 have[index as usize] = true;
                 done += 1;
                 tries = 0;

@@ -75,7 +75,8 @@ impl Copies {
             std::fs::File::open(&path)?.read_exact_at(&mut data, offset)?;
             Ok(data)
         });
-        let data = read.await.map_err(|e| e.to_string())?.map_err(|e| format!("the copy cannot be read: {e}"))?;
+        let data =
+            read.await.map_err(|e| e.to_string())?.map_err(|e| format!("the copy cannot be read: {e}"))?;
         Ok(CopyPart { request: ask.request, copy, size, offset, data: Bytes::from(data), hash: Some(hash) })
     }
 

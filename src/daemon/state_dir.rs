@@ -35,8 +35,9 @@ struct Remembered {
 impl NodeState {
     /// Takes the directory, which is made if it is missing.
     pub fn open(dir: &Path) -> Result<Self> {
-        std::fs::create_dir_all(dir)
-            .with_context(|| format!("cannot make the state directory {}: choose another with --state-dir", dir.display()))?;
+        std::fs::create_dir_all(dir).with_context(|| {
+            format!("cannot make the state directory {}: choose another with --state-dir", dir.display())
+        })?;
         set_private(dir)?;
         let lock_path = dir.join("litemesh.lock");
         let lock = OpenOptions::new().create(true).truncate(false).write(true).open(&lock_path);
@@ -44,9 +45,14 @@ impl NodeState {
         match lock.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
-                bail!("another litemesh runs with the state directory {}: stop it, or choose another with --state-dir", dir.display())
+                bail!(
+                    "another litemesh runs with the state directory {}: stop it, or choose another with --state-dir",
+                    dir.display()
+                )
             }
-            Err(TryLockError::Error(e)) => return Err(e).context(format!("cannot lock {}", lock_path.display())),
+            Err(TryLockError::Error(e)) => {
+                return Err(e).context(format!("cannot lock {}", lock_path.display()));
+            }
         }
         let format = dir.join("format");
         match std::fs::read_to_string(&format) {
@@ -84,7 +90,9 @@ impl NodeState {
     fn load(&self) -> Result<BTreeMap<DbName, Remembered>> {
         let path = self.dir.join("databases.json");
         match std::fs::read(&path) {
-            Ok(bytes) => serde_json::from_slice(&bytes).with_context(|| format!("{} is damaged", path.display())),
+            Ok(bytes) => {
+                serde_json::from_slice(&bytes).with_context(|| format!("{} is damaged", path.display()))
+            }
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(BTreeMap::new()),
             Err(e) => Err(e).with_context(|| format!("cannot read {}", path.display())),
         }

@@ -69,6 +69,10 @@ pub(super) fn refresh(store: &mut Store) -> Result<()> {
     let first = Store::meta::<i64>(&store.conn, "adopted")?.is_none();
     let mut plans = Vec::new();
     for mut table in schema.tables.clone() {
+        if !(store.covers)(&table.name) {
+            remove_triggers(&store.conn, &table.name)?;
+            continue;
+        }
         if let Some(why) = unfit(&store.conn, &table) {
             store.notes.push(format!("table {:?} is not replicated: {why}", table.name));
             continue;
@@ -96,6 +100,17 @@ pub(super) fn refresh(store: &mut Store) -> Result<()> {
     let replicated = store.plans.iter().map(|p| p.table.name.to_lowercase()).collect();
     let notes = place_temp_triggers(&store.conn, &schema, &replicated)?;
     store.notes.extend(notes);
+    Ok(())
+}
+
+/// A table that the configuration leaves out now may have been replicated before.
+fn remove_triggers(conn: &Connection, table: &str) -> Result<()> {
+    let sql = "SELECT name FROM sqlite_schema WHERE type = 'trigger' AND tbl_name = ?1 AND substr(name, 1, ?3) = ?2";
+    let mut statement = conn.prepare(sql)?;
+    let names = statement.query_map((table, PREFIX, PREFIX.len() as i64), |r| r.get::<_, String>(0))?;
+    for name in names.collect::<rusqlite::Result<Vec<_>>>()? {
+        conn.execute_batch(&format!("DROP TRIGGER {}", ident(&name)))?;
+    }
     Ok(())
 }
 

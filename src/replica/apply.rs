@@ -110,6 +110,9 @@ impl Store {
         they_saw: &dyn Fn(Version) -> bool,
         deferred: &mut Vec<Deferred>,
     ) -> Result<()> {
+        if !(self.covers)(section.table) {
+            return Ok(());
+        }
         let target = self.target(&section)?;
         let mut row = RowBuffer::default();
         while let Some((birth, dead)) = section.next_row(&mut row)? {

@@ -25,7 +25,11 @@ pub struct Store {
     pub(super) schema_version: i64,
     pub(super) notes: Vec<String>,
     pub(super) null_keys: u64,
+    pub(super) covers: TableFilter,
 }
+
+/// Whether a table of this name is replicated.
+pub type TableFilter = Box<dyn Fn(&str) -> bool + Send>;
 
 /// The numbers that change with every commit.
 #[derive(Debug, Clone)]
@@ -44,12 +48,12 @@ pub struct Head {
 
 impl Store {
     /// Opens a file that was adopted before.
-    pub fn open(path: &Path, spool_dir: &Path) -> Result<Self> {
-        Self::with_connection(sqlite::open_replica(path)?, spool_dir)
+    pub fn open(path: &Path, spool_dir: &Path, covers: TableFilter) -> Result<Self> {
+        Self::with_connection(sqlite::open_replica(path)?, spool_dir, covers)
     }
 
     /// Takes over a connection to a file that was adopted before, in-memory ones included.
-    pub fn with_connection(conn: Connection, spool_dir: &Path) -> Result<Self> {
+    pub fn with_connection(conn: Connection, spool_dir: &Path, covers: TableFilter) -> Result<Self> {
         sqlite::configure(&conn)?;
         let head = load_head(&conn)?;
         let sites = Sites::load(&conn)?;
@@ -62,6 +66,7 @@ impl Store {
             schema_version: -1,
             notes: Vec::new(),
             null_keys: 0,
+            covers,
         };
         store.write(|store| store.refresh_schema(false))?;
         Ok(store)

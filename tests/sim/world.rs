@@ -117,7 +117,12 @@ impl World {
     }
 
     fn start(&mut self, i: usize) {
-        let store = Store::with_connection(Connection::open(&self.nodes[i].uri).unwrap(), &spool()).unwrap();
+        let store = Store::with_connection(
+            Connection::open(&self.nodes[i].uri).unwrap(),
+            &spool(),
+            Box::new(|_| true),
+        )
+        .unwrap();
         self.nodes[i].engine = Some(Engine::new(db(), store, &spool()));
         self.nodes[i].messages = MessageAssembler::default();
         let name = self.nodes[i].name.clone();

@@ -1,0 +1,104 @@
+//! Commands that ask the running node: `token`, `status`, `sync`, `detach`. Invariant: exit code 0 only if what was
+//! asked for is so.
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use super::args::{DetachArgs, StateArgs, StatusArgs, SyncArgs};
+use super::client::Client;
+use crate::config::{self, Surroundings};
+use crate::daemon::control::{Contact, DetachAsk, SyncAnswer, SyncAsk};
+use crate::daemon::state_dir::lock_database;
+use crate::replica::adopt;
+use crate::sqlite;
+use crate::status::model::Status;
+use crate::status::table;
+
+const PATIENCE: Duration = Duration::from_secs(10);
+
+fn client(state: &StateArgs, patience: Duration) -> Result<Client> {
+    Client::new(&config::state_dir(state.state_dir.as_deref(), &Surroundings::of_process())?, patience)
+}
+
+/// `litemesh token`.
+pub fn token(state: &StateArgs) -> Result<ExitCode> {
+    println!("{}", client(state, PATIENCE)?.get("/control/token")?.trim());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `litemesh status`.
+pub fn status(args: &StatusArgs) -> Result<ExitCode> {
+    let client = client(&args.state, PATIENCE)?;
+    loop {
+        let text = client.get("/api/status")?;
+        let status: Status = serde_json::from_str(&text).context("the node's answer cannot be read")?;
+        if args.watch {
+            // Clears the terminal.
+            print!("\x1b[H\x1b[2J");
+        }
+        if args.json {
+            println!("{}", serde_json::to_string_pretty(&status)?);
+        } else {
+            print!("{}", table::render(&status));
+        }
+        if !args.watch {
+            return Ok(if status.ready { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
+        std::thread::sleep(Duration::from_secs(1));
+    }
+}
+
+/// `litemesh sync`.
+pub fn sync(args: &SyncArgs) -> Result<ExitCode> {
+    let client = client(&args.state, args.timeout)?;
+    let db = args.database.as_deref().map(str::parse).transpose()?;
+    let ask = SyncAsk { db, timeout_ms: args.timeout.as_millis() as u64 };
+    let answer: SyncAnswer = client.ask("/control/sync", &ask)?;
+    if answer.laggards.is_empty() {
+        let nodes = if answer.nodes == 1 {
+            "1 other node has"
+        } else {
+            &format!("{} other nodes have", answer.nodes)
+        };
+        println!("{nodes} everything ({} ms)", answer.took_ms);
+        return Ok(ExitCode::SUCCESS);
+    }
+    for (node, db) in &answer.laggards {
+        eprintln!("litemesh: node {node} does not have everything of {db} after {} ms", answer.took_ms);
+    }
+    Ok(ExitCode::FAILURE)
+}
+
+/// `litemesh detach`.
+pub fn detach(args: &DetachArgs) -> Result<ExitCode> {
+    let path = std::path::absolute(&args.database)?;
+    let conn = sqlite::open_replica(&path)?;
+    if !adopt::is_adopted(&conn)? {
+        println!("{} is not replicated: there is nothing to remove", path.display());
+        return Ok(ExitCode::SUCCESS);
+    }
+    drop(conn);
+    match lock_database(&path) {
+        Ok(_lock) => {
+            adopt::detach(&sqlite::open_replica(&path)?)?;
+            println!(
+                "detached {}: its rows are as they were, nothing of litemesh is left in it",
+                path.display()
+            );
+        }
+        Err(busy) => {
+            let dir = config::state_dir(args.state.state_dir.as_deref(), &Surroundings::of_process())?;
+            print!("{}", ask_to_detach(&dir, &path).context(busy)?);
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn ask_to_detach(state_dir: &Path, path: &Path) -> Result<String> {
+    Contact::read(state_dir)?;
+    Client::new(state_dir, Duration::from_secs(120))?
+        .post("/control/detach", &DetachAsk { path: path.to_owned() })
+}

@@ -1,0 +1,38 @@
+//! From the parsed command line to the command, and from its error to an exit code. Invariant: 0 done, 1 failed,
+//! 2 usage (clap's own), 78 configuration.
+
+use std::process::ExitCode;
+
+use super::args::{Cli, Command, ConflictsCommand};
+use super::{check, complete, conflicts, demo, node, up};
+use crate::config::ConfigError;
+
+/// Runs the command; prints the chain of causes if it fails.
+pub fn run(cli: &Cli) -> ExitCode {
+    let result = match &cli.command {
+        Command::Up(args) => up::run(args),
+        Command::Token(args) => node::token(args),
+        Command::Status(args) => node::status(args),
+        Command::Sync(args) => node::sync(args),
+        Command::Check(args) => check::run(args),
+        Command::Conflicts(ConflictsCommand::List(args)) => conflicts::list(args),
+        Command::Detach(args) => node::detach(args),
+        Command::Demo(args) => demo::run(args),
+        Command::Completions(args) => written(complete::completions(args.shell, &mut std::io::stdout())),
+        Command::Man => written(complete::man(&mut std::io::stdout())),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("litemesh: {error:#}");
+        match error.downcast_ref::<ConfigError>() {
+            Some(config) => ExitCode::from(config.exit_code()),
+            None => ExitCode::FAILURE,
+        }
+    })
+}
+
+fn written(result: std::io::Result<()>) -> anyhow::Result<ExitCode> {
+    match result {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(e.into()),
+        _ => Ok(ExitCode::SUCCESS),
+    }
+}

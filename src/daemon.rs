@@ -1,0 +1,232 @@
+//! The composition root: builds a node from its configuration, runs it, and drains it in order. Invariant: shutting
+//! down goes from the files outwards: absorb, send, close, then stop the server.
+
+pub mod control;
+pub mod databases;
+pub mod joining;
+pub mod observe;
+pub mod router;
+pub mod serve_copy;
+pub mod state_dir;
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use tokio::net::TcpListener;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tracing::{debug, info, warn};
+
+use control::{Contact, Control, DetachRequest};
+use databases::{Found, Running, Starter};
+use observe::Observer;
+use router::Router;
+use state_dir::NodeState;
+
+use crate::config::Config;
+use crate::core::message::Message;
+use crate::core::names::DbName;
+use crate::fabric::link::Outgoing;
+use crate::fabric::{Fabric, FabricError, FabricOptions, JoinToken, StateDir};
+use crate::replica::adopt;
+use crate::sqlite;
+
+/// Messages that may wait for our own nats-server: of at most half a MiB each, and workers wait when it is full.
+const OUTGOING: usize = 64;
+/// Messages that may wait to be looked at. The databases' own queues hold what is large.
+const INCOMING: usize = 1_024;
+
+/// What `up` tells when the node runs.
+pub struct Started {
+    /// The node's name.
+    pub node: String,
+    /// What lets others join.
+    pub token: String,
+    /// Where the status page is.
+    pub http: SocketAddr,
+    /// The databases.
+    pub databases: Vec<(DbName, std::path::PathBuf)>,
+}
+
+/// Runs a node until a signal ends it. `started` is called once, when replication runs.
+pub async fn run(config: Config, started: impl FnOnce(&Started)) -> Result<()> {
+    let state = NodeState::open(&config.state_dir)?;
+    // Before anything is changed anywhere.
+    let found: Vec<Found> = config.databases.iter().cloned().map(databases::find).collect::<Result<_>>()?;
+    let listener = TcpListener::bind(config.http).await.with_context(|| {
+        format!("{} is taken by another process: stop it, or choose another port with --http", config.http)
+    })?;
+    let http = listener.local_addr()?;
+    let options = fabric_options(&config)?;
+    let joins = options.join.is_some();
+    let (fabric, incoming) = Fabric::start(options).await?;
+    let fabric = Arc::new(fabric);
+    let token = fabric.join_token()?;
+    let (outgoing, to_send) = mpsc::channel(OUTGOING);
+    let router = Router::new(config.name.clone(), outgoing.clone(), state.spool());
+    let mut tasks = JoinSet::new();
+    let sending = tokio::spawn(send_all(fabric.clone(), to_send));
+    tasks.spawn(router.clone().run(incoming));
+    tasks.spawn(router.clone().keep_saying_hello());
+    let observer = Observer::new(&config, state.dir(), http, fabric.clone(), router.clone());
+    tasks.spawn(observer.clone().run());
+    let (detach, detaching) = mpsc::channel(4);
+    let contact = Contact::publish(state.dir(), http)?;
+    let tokens = fabric.clone();
+    let control = Control {
+        router: router.clone(),
+        token: Arc::new(move || tokens.join_token().map(|t| t.reveal()).map_err(|e| e.to_string())),
+        detach,
+        secret: contact.secret.into(),
+    };
+    let routes = crate::status::http::router(observer.handle()).merge(control::routes(control));
+    tasks.spawn(async move {
+        if let Err(e) = axum::serve(listener, routes).await {
+            warn!("the status page has ended: {e}");
+        }
+    });
+    let starter = Starter {
+        state: &state,
+        router: &router,
+        outgoing,
+        journal: config.journal,
+        tables: config.tables.clone(),
+        has_members: !fabric.members().is_empty(),
+        joins,
+        mesh_id: token.key().mesh_id(),
+    };
+    let result = serve(&starter, found, &observer, detaching, || {
+        let databases = config.databases.iter().map(|d| (d.name.clone(), d.path.clone())).collect();
+        started(&Started { node: config.name.to_string(), token: token.reveal(), http, databases });
+    })
+    .await;
+    drop(starter);
+    router.broadcast(&Message::Bye).await;
+    drop(observer);
+    tasks.shutdown().await;
+    drop(router);
+    // Ends when everything that was to be sent is; whoever could add to it is gone.
+    if tokio::time::timeout(Duration::from_secs(5), sending).await.is_err() {
+        warn!("not everything could be sent: peers fetch it when this node is back");
+    }
+    match Arc::into_inner(fabric) {
+        Some(fabric) => fabric.shutdown().await,
+        None => debug!("the fabric is still in use: its server ends with this process"),
+    }
+    result
+}
+
+fn fabric_options(config: &Config) -> Result<FabricOptions> {
+    let dir = config.state_dir.clone();
+    let mut options = FabricOptions::new(config.name.clone(), dir, config.cluster, config.client);
+    options.advertise = config.advertise.as_ref().map(ToString::to_string);
+    options.incoming_capacity = INCOMING;
+    let belongs = StateDir::new(&config.state_dir).key().exists();
+    options.join = match &config.join {
+        // A node that belongs needs no token, and the file that held it may be gone; a token that can be read is
+        // still compared, so that the wrong mesh is noticed.
+        Some(join) if belongs => join.token().ok().and_then(|t| t.trim().parse().ok()),
+        Some(join) => Some(join.token()?.trim().parse::<JoinToken>().context("--join")?),
+        None => None,
+    };
+    Ok(options)
+}
+
+async fn send_all(fabric: Arc<Fabric>, mut to_send: mpsc::Receiver<Outgoing>) {
+    while let Some(message) = to_send.recv().await {
+        match fabric.send(message).await {
+            Ok(()) => {}
+            // Peers compare what they hold when the connection is back.
+            Err(FabricError::NotConnected | FabricError::Stalled) => debug!("a message was not sent"),
+            Err(e) => warn!("{e}"),
+        }
+    }
+}
+
+/// Starts the databases, runs until a signal, and stops them.
+async fn serve(
+    starter: &Starter<'_>,
+    found: Vec<Found>,
+    observer: &Observer,
+    mut detaching: mpsc::Receiver<DetachRequest>,
+    started: impl FnOnce(),
+) -> Result<()> {
+    let mut running = BTreeMap::new();
+    let mut signals = Signals::new()?;
+    let starting = async {
+        for found in found {
+            let name = found.spec.name.clone();
+            let report = observer.database(&name, &found.spec.path);
+            running.insert(name, starter.start(found, report).await?);
+        }
+        Ok(())
+    };
+    let result = tokio::select! {
+        result = starting => result,
+        () = signals.wait() => Ok(()),
+    };
+    if result.is_ok() && !signals.came {
+        starter.router.say_hello().await;
+        observer.ready();
+        started();
+        loop {
+            tokio::select! {
+                () = signals.wait() => break,
+                Some((ask, answer)) = detaching.recv() => {
+                    let result = detach(starter, observer, &mut running, &ask.path).map_err(|e| format!("{e:#}"));
+                    // The asker may have gone.
+                    drop(answer.send(result));
+                }
+            }
+        }
+        info!("stopping: what was committed is sent first");
+    }
+    for (name, database) in running {
+        starter.router.remove(&name);
+        tokio::task::spawn_blocking(move || database.stop()).await?;
+    }
+    result
+}
+
+fn detach(
+    starter: &Starter<'_>,
+    observer: &Observer,
+    running: &mut BTreeMap<DbName, Running>,
+    path: &std::path::Path,
+) -> Result<String> {
+    let same = |r: &&Running| r.path == path || r.path.canonicalize().ok() == path.canonicalize().ok();
+    let name = running.values().find(same).map(|r| r.name.clone());
+    let name = name.with_context(|| format!("this node does not replicate {}", path.display()))?;
+    starter.router.remove(&name);
+    if let Some(database) = running.remove(&name) {
+        tokio::task::block_in_place(|| database.stop());
+    }
+    observer.forget(&name);
+    starter.state.forget(&name)?;
+    adopt::detach(&sqlite::open_replica(path)?)?;
+    Ok(format!("detached {}: its rows are as they were, nothing of litemesh is left in it\n", path.display()))
+}
+
+/// SIGTERM and Ctrl-C.
+struct Signals {
+    term: tokio::signal::unix::Signal,
+    came: bool,
+}
+
+impl Signals {
+    fn new() -> Result<Self> {
+        let term = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+        Ok(Self { term, came: false })
+    }
+
+    async fn wait(&mut self) {
+        tokio::select! {
+            _ = self.term.recv() => {}
+            _ = tokio::signal::ctrl_c() => {}
+        }
+        self.came = true;
+    }
+}

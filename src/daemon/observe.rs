@@ -1,0 +1,242 @@
+//! Gathers what the node knows of itself for status, health and metrics. Invariant: it reads what the parts report
+//! and holds up none of them.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
+use super::router::Router;
+use crate::config::Config;
+use crate::core::names::DbName;
+use crate::fabric::Fabric;
+use crate::replica::engine::Engine;
+use crate::replica::worker::{Report, wall_clock_ms};
+use crate::status::StatusHandle;
+use crate::status::model::{DatabasePeer, DatabaseState, DatabaseStatus, FabricStatus, PeerStatus, Status};
+
+/// How often the whole is put together.
+const EVERY: Duration = Duration::from_millis(250);
+/// How often a database reports at most, and how often it counts what takes long to count.
+const REPORT_EVERY: Duration = Duration::from_millis(100);
+const COUNT_EVERY: Duration = Duration::from_secs(60);
+
+type Reports = Arc<Mutex<BTreeMap<DbName, DatabaseStatus>>>;
+
+/// See the module.
+#[derive(Clone)]
+pub struct Observer(Arc<Inner>);
+
+struct Inner {
+    handle: StatusHandle,
+    fabric: Arc<Fabric>,
+    router: Arc<Router>,
+    reports: Reports,
+    ready: AtomicBool,
+    started: Instant,
+    base: Status,
+}
+
+impl Observer {
+    /// An observer of a node that is starting.
+    pub fn new(
+        config: &Config,
+        state_dir: &Path,
+        http: SocketAddr,
+        fabric: Arc<Fabric>,
+        router: Arc<Router>,
+    ) -> Self {
+        let base = Status {
+            node: config.name.to_string(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            state_dir: state_dir.display().to_string(),
+            http: http.to_string(),
+            started_at: OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default(),
+            fabric: FabricStatus { cluster_listen: config.cluster.to_string(), ..FabricStatus::default() },
+            ..Status::default()
+        };
+        let inner = Inner {
+            handle: StatusHandle::new(),
+            fabric,
+            router,
+            reports: Reports::default(),
+            ready: AtomicBool::new(false),
+            started: Instant::now(),
+            base,
+        };
+        Self(Arc::new(inner))
+    }
+
+    /// Where the status can be read.
+    pub fn handle(&self) -> StatusHandle {
+        self.0.handle.clone()
+    }
+
+    /// Everything has started.
+    pub fn ready(&self) {
+        self.0.ready.store(true, Ordering::Release);
+    }
+
+    /// What a database's thread calls after every turn.
+    pub fn database(&self, name: &DbName, path: &Path) -> Report {
+        let (reports, handle) = (self.0.reports.clone(), self.0.handle.clone());
+        let (name, path) = (name.clone(), path.to_owned());
+        let loop_name = format!("db-{name}");
+        let mut last = None;
+        let mut counted: Option<(Instant, u64)> = None;
+        Box::new(move |engine, trouble| {
+            handle.beat(&loop_name);
+            if last.is_some_and(|t: Instant| t.elapsed() < REPORT_EVERY) {
+                return;
+            }
+            last = Some(Instant::now());
+            if counted.is_none_or(|(at, _)| at.elapsed() > COUNT_EVERY) {
+                counted = Some((Instant::now(), engine.store().state_count().unwrap_or_default()));
+            }
+            let rows = counted.map_or(0, |(_, rows)| rows);
+            let status = describe(&name, &path, engine, trouble, rows);
+            reports.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone(), status);
+        })
+    }
+
+    /// A database is gone.
+    pub fn forget(&self, name: &DbName) {
+        self.0.reports.lock().unwrap_or_else(PoisonError::into_inner).remove(name);
+        self.0.handle.retire(&format!("db-{name}"));
+    }
+
+    /// Puts the whole together regularly.
+    pub async fn run(self) {
+        loop {
+            self.0.handle.beat("observer");
+            let status = self.gather().await;
+            self.0.handle.publish(status);
+            tokio::time::sleep(EVERY).await;
+        }
+    }
+
+    async fn gather(&self) -> Status {
+        let inner = &self.0;
+        let info = inner.fabric.server_info().await;
+        let mut status = inner.base.clone();
+        status.uptime_s = inner.started.elapsed().as_secs();
+        status.fabric = FabricStatus {
+            connected: inner.fabric.connected(),
+            server_version: info.version,
+            server_pid: info.pid,
+            server_restarts: info.restarts,
+            client_url: info.client_url,
+            routes: info.routes,
+            log_acked: info.log.acked,
+            log_unacked: info.log.unacked(),
+            ..status.fabric
+        };
+        let now_ms = wall_clock_ms();
+        let peers = inner.router.peers();
+        status.peers = (peers.iter())
+            .map(|(name, peer)| PeerStatus {
+                node: name.to_string(),
+                live: peer.is_live(now_ms),
+                last_heard_s: now_ms.saturating_sub(peer.heard_ms) as f64 / 1_000.0,
+                clock_offset_ms: peer.clock_offset_ms,
+                version: peer.hello.version.clone(),
+                databases: peer.hello.dbs.iter().map(ToString::to_string).collect(),
+            })
+            .collect();
+        status.databases =
+            inner.reports.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+        judge(&mut status, inner.ready.load(Ordering::Acquire));
+        status
+    }
+}
+
+/// Ready or not, and what to warn of.
+fn judge(status: &mut Status, started: bool) {
+    if !started {
+        status.not_ready_because.push("the databases are being started".to_owned());
+    }
+    for db in &status.databases {
+        match db.state {
+            DatabaseState::Error => {
+                status.not_ready_because.push(format!("{}: {}", db.name, db.stopped.join("; ")));
+            }
+            DatabaseState::Stopped => {
+                status.warnings.extend(db.stopped.iter().map(|why| format!("{}: {why}", db.name)));
+            }
+            DatabaseState::Ok | DatabaseState::Syncing => {}
+        }
+        if db.null_key_rows > 0 {
+            let text = "changes of rows whose key is NULL stay on this node";
+            status.warnings.push(format!("{}: {} {text}", db.name, db.null_key_rows));
+        }
+        if db.conflicts > 0 {
+            let text = "writes lost against others and are kept: litemesh conflicts list";
+            status.warnings.push(format!("{}: {} {text} {}", db.name, db.conflicts, db.path));
+        }
+    }
+    if !status.fabric.connected {
+        let text = "not connected to our own nats-server: local writes go on and are sent later";
+        status.warnings.push(text.to_owned());
+    }
+    status.ready = status.not_ready_because.is_empty();
+}
+
+fn describe(
+    name: &DbName,
+    path: &PathBuf,
+    engine: &Engine,
+    trouble: Option<&str>,
+    state_rows: u64,
+) -> DatabaseStatus {
+    let (store, head, counters) = (engine.store(), engine.store().head(), engine.counters());
+    let mut stopped = engine.stopped();
+    let state = match (trouble, stopped.is_empty(), engine.is_syncing()) {
+        (Some(_), ..) => DatabaseState::Error,
+        (None, false, _) => DatabaseState::Stopped,
+        (None, true, true) => DatabaseState::Syncing,
+        (None, true, false) => DatabaseState::Ok,
+    };
+    stopped.extend(trouble.map(str::to_owned));
+    let now_ms = wall_clock_ms();
+    let ours = head.vector.n(head.site);
+    let peers = engine.peers().iter().map(|(node, peer)| {
+        let theirs = &peer.holding;
+        let behind = ours.saturating_sub(theirs.vector.n(head.site));
+        let lacking = theirs.vector.0.iter().map(|(s, p)| p.n.saturating_sub(head.vector.n(*s)));
+        let missing: u64 = lacking.sum();
+        DatabasePeer {
+            node: node.to_string(),
+            site: theirs.site.to_string(),
+            behind_commits: behind,
+            missing_commits: missing,
+            caught_up: behind == 0 && missing == 0,
+            last_heard_s: now_ms.saturating_sub(peer.heard_ms) as f64 / 1_000.0,
+        }
+    });
+    DatabaseStatus {
+        name: name.to_string(),
+        path: path.display().to_string(),
+        site: head.site.to_string(),
+        lineage: format!("{:016x}", head.lineage),
+        lsn: head.lsn as u64,
+        state,
+        stopped,
+        pending_commits: engine.pending() as u64,
+        vector: head.vector.0.iter().map(|(s, p)| (s.to_string(), p.n)).collect(),
+        commits_published: counters.commits_published,
+        rows_published: counters.rows_published,
+        commits_applied: counters.commits_applied,
+        peer_syncs: counters.peer_syncs,
+        messages_refused: counters.messages_refused,
+        conflicts: store.conflict_count().unwrap_or_default(),
+        null_key_rows: store.null_keys(),
+        state_rows,
+        peers: peers.collect(),
+    }
+}

@@ -1,0 +1,5 @@
+//! tmp
+/// tmp
+pub fn render(s: &super::model::Status) -> String {
+    format!("{s:#?}\n")
+}
