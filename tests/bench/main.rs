@@ -1,0 +1,199 @@
+//! The figures that README and ARCHITECTURE state, each against its baseline in the same run:
+//! `cargo bench --bench figures`, with names of measurements as arguments to run only those.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use rusqlite::Connection;
+use support::Node;
+
+const ROUNDS: usize = 5;
+const SCHEMA: &str = "CREATE TABLE t(id INTEGER PRIMARY KEY, a TEXT, b INTEGER, c REAL)";
+
+fn main() {
+    let wanted: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
+    let run = |name: &str, measure: fn()| {
+        if wanted.is_empty() || wanted.iter().any(|w| name.contains(w.as_str())) {
+            measure();
+        }
+    };
+    run("capture", capture);
+    run("start", start);
+    run("bulk", bulk);
+    run("lag", lag);
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+fn open(path: &Path) -> Connection {
+    let conn = Connection::open(path).unwrap();
+    conn.busy_timeout(Duration::from_secs(60)).unwrap();
+    conn.execute_batch("PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL").unwrap();
+    conn
+}
+
+fn transactions(conn: &mut Connection, first: i64, count: i64, size: i64, sql: &str) -> f64 {
+    let started = Instant::now();
+    for t in 0..count {
+        let tx = conn.transaction().unwrap();
+        let mut statement = tx.prepare_cached(sql).unwrap();
+        for i in 0..size {
+            let id = first + t * size + i;
+            let text = "one hundred and twenty bytes a row, with everything that stands around it, is what this text is for, more or less";
+            statement.execute((id, text, id * 7, id as f64 / 3.0)).unwrap();
+        }
+        drop(statement);
+        tx.commit().unwrap();
+    }
+    (count * size) as f64 / started.elapsed().as_secs_f64()
+}
+
+const INSERT: &str = "INSERT INTO t VALUES(?1, ?2, ?3, ?4)";
+const UPDATE: &str = "UPDATE t SET a = ?2 || 'x', b = ?3 + 1, c = ?4 WHERE id = ?1";
+
+/// What capture costs an application: the node is stopped, the triggers are there.
+fn capture() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut ratios = vec![Vec::new(); 4];
+    for round in 0..ROUNDS {
+        let mut bare = open(&dir.path().join(format!("bare{round}.db")));
+        bare.execute_batch(SCHEMA).unwrap();
+        let mut node = Node::new(dir.path(), &format!("n{round}"), &["app.db"]);
+        node.exec("app.db", SCHEMA);
+        node.start(None).stop();
+        let mut captured = open(&node.file("app.db"));
+        for (i, (count, size, sql)) in
+            [(200, 1_000, INSERT), (3_000, 1, INSERT), (200, 1_000, UPDATE), (3_000, 1, UPDATE)]
+                .iter()
+                .enumerate()
+        {
+            let first = if i == 1 { 10_000_000 } else { 1 };
+            let base = transactions(&mut bare, first, *count, *size, sql);
+            let with = transactions(&mut captured, first, *count, *size, sql);
+            ratios[i].push(with / base);
+        }
+    }
+    for (name, ratio) in ["insert bulk", "insert single", "update bulk", "update single"].iter().zip(ratios) {
+        println!("capture, {name}: {:.2} of bare SQLite's rate", median(ratio));
+    }
+}
+
+/// From the command to `ready`.
+fn start() {
+    let (mut first, mut later) = (Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        let dir = tempfile::tempdir().unwrap();
+        let mut node = Node::new(dir.path(), "n", &["app.db"]);
+        node.exec("app.db", SCHEMA);
+        for times in [&mut first, &mut later] {
+            let started = Instant::now();
+            node.start(None);
+            times.push(started.elapsed().as_secs_f64());
+            node.stop();
+        }
+    }
+    println!("ready: first ever {:.2} s, later {:.2} s", median(first), median(later));
+}
+
+/// A million rows in transactions of a thousand, from the first to equal on the peer.
+fn bulk() {
+    const ROWS: i64 = 1_000_000;
+    for keys in ["integer", "text"] {
+        let dir = tempfile::tempdir().unwrap();
+        let schema = match keys {
+            "integer" => SCHEMA.to_owned(),
+            _ => SCHEMA.replace("id INTEGER PRIMARY KEY", "id TEXT PRIMARY KEY NOT NULL"),
+        };
+        let insert = match keys {
+            "integer" => INSERT.to_owned(),
+            _ => INSERT.replacen("?1", "printf('%08x-%s', abs(random()) % 4294967296, ?1)", 1),
+        };
+        let mut bare = open(&dir.path().join("bare.db"));
+        bare.execute_batch(&schema).unwrap();
+        let base = transactions(&mut bare, 1, ROWS / 1_000, 1_000, &insert);
+        let (a, b) = support::pair(dir.path(), &schema);
+        let mut app = open(&a.file("app.db"));
+        let started = Instant::now();
+        let with = transactions(&mut app, 1, ROWS / 1_000, 1_000, &insert);
+        let peer = open(&b.file("app.db"));
+        let count = || peer.query_row("SELECT count(*) FROM t", [], |r| r.get::<_, i64>(0)).unwrap();
+        while count() < ROWS {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let rate = ROWS as f64 / started.elapsed().as_secs_f64();
+        let memory = |node: &Node| resident_mib(node.process.as_ref().unwrap().id());
+        println!(
+            "bulk, {keys} keys: {rate:.0} rows/s replicated; the writer kept {:.2} of bare SQLite's {base:.0} rows/s; resident {} and {} MiB",
+            with / base,
+            memory(&a),
+            memory(&b)
+        );
+        let size = |path: &Path| std::fs::metadata(path).unwrap().len();
+        let (mine, theirs) = (size(&a.file("app.db")), size(&dir.path().join("bare.db")));
+        println!("bulk, {keys} keys: the file is {:.2} times bare SQLite's", mine as f64 / theirs as f64);
+    }
+}
+
+fn resident_mib(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find(|l| l.starts_with("VmHWM:")).unwrap_or_default();
+    line.split_whitespace().nth(1).and_then(|kib| kib.parse::<u64>().ok()).unwrap_or_default() / 1024
+}
+
+/// 200 single-row transactions a second, each timed from COMMIT to visible on the peer.
+fn lag() {
+    const COUNT: i64 = 2_000;
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = support::pair(dir.path(), "CREATE TABLE t(id INTEGER PRIMARY KEY, at_us INTEGER)");
+    let peer = open(&b.file("app.db"));
+    let begin = Instant::now();
+    let reader = std::thread::spawn(move || {
+        let mut seen = Vec::new();
+        let mut statement = peer.prepare("SELECT id, at_us FROM t WHERE id > ?1 ORDER BY id").unwrap();
+        let mut version = peer.prepare("PRAGMA data_version").unwrap();
+        let (mut last, mut last_version) = (0i64, 0i64);
+        while last < COUNT {
+            let now: i64 = version.query_row([], |r| r.get(0)).unwrap();
+            if now == last_version {
+                std::thread::sleep(Duration::from_micros(100));
+                continue;
+            }
+            last_version = now;
+            let rows =
+                statement.query_map([last], |r| Ok((r.get::<_, i64>(0)?, r.get::<_, i64>(1)?))).unwrap();
+            for (id, at_us) in rows.map(Result::unwrap) {
+                seen.push((begin.elapsed().as_micros() as i64 - at_us) as f64 / 1_000.0);
+                last = id;
+            }
+        }
+        seen
+    });
+    let app = open(&a.file("app.db"));
+    let mut waits = Vec::new();
+    for id in 1..=COUNT {
+        let due = Duration::from_millis(5 * id as u64);
+        std::thread::sleep(due.saturating_sub(begin.elapsed()));
+        let before = begin.elapsed();
+        app.execute("INSERT INTO t VALUES(?1, ?2)", (id, before.as_micros() as i64)).unwrap();
+        waits.push((begin.elapsed() - before).as_secs_f64() * 1_000.0);
+    }
+    let mut lags = reader.join().unwrap();
+    lags.sort_by(f64::total_cmp);
+    waits.sort_by(f64::total_cmp);
+    let at = |v: &[f64], q: f64| v[((v.len() - 1) as f64 * q) as usize];
+    println!(
+        "lag at 200 tx/s: p50 {:.2} ms, p99 {:.2} ms, worst {:.1} ms; the writer's worst INSERT {:.1} ms",
+        at(&lags, 0.5),
+        at(&lags, 0.99),
+        at(&lags, 1.0),
+        at(&waits, 1.0)
+    );
+    let wal = a.file("app.db-wal");
+    println!("lag at 200 tx/s: the WAL is {} KiB", std::fs::metadata(wal).map_or(0, |m| m.len() / 1024));
+}

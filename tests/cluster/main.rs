@@ -1,0 +1,9 @@
+//! Real nodes: the litemesh binary, real nats-servers, real SQLite files, applications with plain connections.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod crash;
+mod join;
+mod shapes;
+mod whole;
