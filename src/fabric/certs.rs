@@ -64,6 +64,12 @@ impl NodeCerts {
         Ok(Self { ca, certificate, key })
     }
 
+    /// What a node would have whose mesh trusts this CA and not its certificate, as in a change of keys.
+    #[cfg(test)]
+    pub(super) fn trusting(self, ca_of: &Self) -> Self {
+        Self { ca: ca_of.ca.clone(), ..self }
+    }
+
     /// Writes them into `dir`, for nats-server.
     pub fn save(&self, dir: &Path) -> Result<CertFiles, CertError> {
         let files = CertFiles {

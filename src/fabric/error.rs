@@ -11,6 +11,7 @@ use super::members::MembersError;
 use super::preflight::PreflightError;
 use super::private_file::StateFileError;
 use super::token::TokenError;
+use crate::core::names::NodeName;
 
 /// Why the fabric does not start, or did not take a message.
 #[derive(Debug, thiserror::Error)]
@@ -35,6 +36,28 @@ pub enum FabricError {
         "this node already belongs to another mesh: leave --join out, or start with an empty --state-dir"
     )]
     BelongsElsewhere,
+    /// The node that was to be joined has our name.
+    #[error("the node at {address} is called {node} too: choose another name with --name")]
+    NameTaken {
+        /// Where it was found.
+        address: Address,
+        /// The name.
+        node: NodeName,
+    },
+    /// The node that was to be removed is connected.
+    #[error("{node} is running: stop it first, or have it leave")]
+    StillRunning {
+        /// The node.
+        node: NodeName,
+    },
+    /// The cluster did not remove a node.
+    #[error("{node} is not removed: {reason}")]
+    Remove {
+        /// The node.
+        node: NodeName,
+        /// What stood in the way.
+        reason: String,
+    },
     /// `--advertise` is no address.
     #[error("--advertise: {0}")]
     Advertise(#[from] AddressError),

@@ -5,6 +5,7 @@ pub mod address;
 mod bootstrap;
 pub mod certs;
 mod conf;
+mod departure;
 mod error;
 mod gate;
 mod hello;

@@ -17,7 +17,7 @@ use super::accounts::MESH_USER;
 use super::bootstrap::{self, Founding};
 use super::conf::MAX_PAYLOAD_BYTES;
 use super::error::FabricError;
-use super::hello::{self, Roster};
+use super::hello::{Exchange, Roster};
 use super::identity::Identity;
 use super::link::{Incoming, Outgoing};
 use super::log_stream::{self, LogCounters, LogState};
@@ -25,7 +25,7 @@ use super::options::FabricOptions;
 use super::server::Server;
 use super::subjects::{self, Envelope};
 use super::token::JoinToken;
-use super::{gate, monitor, watchdog};
+use super::{departure, gate, monitor, watchdog};
 use crate::core::names::NodeName;
 
 /// A server on the same host that takes nothing for this long is not going to.
@@ -146,15 +146,18 @@ impl Fabric {
         });
         let (client, node, log) = (self.client.clone(), self.identity.node.clone(), self.log.clone());
         self.tasks.spawn(log_stream::keep(client, node, options.log, log));
-        let exchange = hello::Exchange {
+        self.tasks.spawn(self.exchange().run(hellos));
+        self.tasks.spawn(watchdog::watch(self.server.clone(), self.identity.ports.monitor, watchdog::PERIOD));
+        Ok((self, incoming))
+    }
+
+    fn exchange(&self) -> Exchange {
+        Exchange {
             client: self.client.clone(),
             identity: self.identity.clone(),
             server: self.server.clone(),
             roster: self.roster.clone(),
-        };
-        self.tasks.spawn(exchange.run(hellos));
-        self.tasks.spawn(watchdog::watch(self.server.clone(), self.identity.ports.monitor));
-        Ok((self, incoming))
+        }
     }
 
     async fn subscribe(&self, subject: &str) -> Result<async_nats::Subscriber, FabricError> {
@@ -217,6 +220,14 @@ impl Fabric {
     /// The other nodes that were ever heard of, connected or not.
     pub fn members(&self) -> Vec<NodeName> {
         self.roster.names()
+    }
+
+    /// Takes a node out of the mesh that is stopped and will not come back, on all nodes. Should it come back all the
+    /// same, it is a member again.
+    pub async fn remove_member(&self, node: &NodeName) -> Result<(), FabricError> {
+        departure::remove(&self.identity, node).await?;
+        self.exchange().forget(node).await;
+        Ok(())
     }
 
     /// The state of our own server. What it does not tell within a moment is left empty.
