@@ -46,6 +46,8 @@ pub struct ServerInfo {
     pub pid: Option<u32>,
     /// How often it was started again.
     pub restarts: u64,
+    /// It says that its storage works. One without peers or leader is well.
+    pub healthy: bool,
     /// Its version.
     pub version: String,
     /// The peers whose servers are connected to it.
@@ -232,10 +234,13 @@ impl Fabric {
 
     /// The state of our own server. What it does not tell within a moment is left empty.
     pub async fn server_info(&self) -> ServerInfo {
-        let routes = monitor::route_names(self.identity.ports.monitor).await.unwrap_or_default();
+        let address = self.identity.ports.monitor;
+        let routes = monitor::route_names(address).await.unwrap_or_default();
+        let healthy = monitor::is_healthy(address).await;
         ServerInfo {
             pid: self.server.pid(),
             restarts: self.server.restarts(),
+            healthy,
             version: self.client.server_info().version,
             routes,
             client_url: format!("nats://{}", self.identity.ports.client_address()),
