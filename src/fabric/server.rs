@@ -1,12 +1,12 @@
 //! One nats-server with its configuration file and its supervisor. Invariant: the file on disk is the configuration
 //! that the server was started or told to reload with, and its owner alone can read it.
 
-use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nats_launcher::{Backoff, Exit, ExitCause, READY, ROUTES_READY, ServerEvent, ServerSpec, Supervisor};
+use rand::Rng;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 use tracing::{info, warn};
@@ -207,18 +207,38 @@ pub fn reachable(listen: SocketAddr) -> SocketAddr {
     if listen.ip().is_unspecified() { (Ipv4Addr::LOCALHOST, listen.port()).into() } else { listen }
 }
 
+/// Below the ports that systems give to outgoing connections: one of those could hold ours while the server restarts.
+const OWN_PORTS: std::ops::Range<u16> = 15_000..32_000;
+const MAX_TRIES: u32 = 1_000;
+
 /// Ports on loopback that nobody holds at this moment.
 pub fn free_loopback<const N: usize>() -> Result<[SocketAddr; N], FabricError> {
-    let fail = |source: io::Error| FabricError::System { what: "no free port on loopback", source };
     let mut addresses = [SocketAddr::from((Ipv4Addr::LOCALHOST, 0)); N];
     // All are held until all are chosen: none is handed out twice.
     let mut held = Vec::with_capacity(N);
     for address in &mut addresses {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(fail)?;
-        *address = listener.local_addr().map_err(fail)?;
+        let listener = bind_free()?;
+        *address = listener
+            .local_addr()
+            .map_err(|source| FabricError::System { what: "no free port on loopback", source })?;
         held.push(listener);
     }
     Ok(addresses)
+}
+
+fn bind_free() -> Result<TcpListener, FabricError> {
+    let mut tries = 0;
+    loop {
+        let port = rand::rng().random_range(OWN_PORTS);
+        tries += 1;
+        match TcpListener::bind((Ipv4Addr::LOCALHOST, port)) {
+            Ok(listener) => return Ok(listener),
+            Err(source) if tries >= MAX_TRIES => {
+                return Err(FabricError::System { what: "no free port on loopback", source });
+            }
+            Err(_) => {}
+        }
+    }
 }
 
 #[cfg(test)]
