@@ -22,7 +22,7 @@ use super::identity::Identity;
 use super::link::{Incoming, Outgoing};
 use super::log_stream::{self, LogCounters, LogState};
 use super::options::FabricOptions;
-use super::server::Server;
+use super::server::{AS_EXPECTED, Server};
 use super::subjects::{self, Envelope};
 use super::token::JoinToken;
 use super::{departure, gate, monitor, watchdog};
@@ -96,6 +96,7 @@ impl Fabric {
             &identity.state.conf(),
             &identity.conf_text(&members),
             Some(options.memory_budget_mib),
+            AS_EXPECTED.to_vec(),
         )?;
         let mut tasks = JoinSet::new();
         // Before the server is ready: it loads its streams as soon as the gate is open.

@@ -6,6 +6,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 use rustls::pki_types::ServerName;
 use rustls::{AlertDescription, CertificateError};
 use serde_json::Value;
@@ -110,23 +112,18 @@ pub struct Peer {
 
 /// The first peer that would take us in; otherwise the most telling error. `addresses` must not be empty.
 pub async fn any(addresses: &[Address], certs: &NodeCerts) -> Result<Peer, PreflightError> {
-    assert!(!addresses.is_empty(), "a token has addresses");
-    let attempts: Vec<_> = addresses.iter().map(|address| Box::pin(check(address, certs))).collect();
-    match futures::future::select_ok(attempts).await {
-        Ok((peer, _)) => Ok(peer),
-        Err(last) => {
-            let mut worst = last;
-            // `select_ok` keeps the last error alone; on this path a second look costs nobody anything.
-            for address in addresses {
-                match check(address, certs).await {
-                    Ok(peer) => return Ok(peer),
-                    Err(error) if error.tells() > worst.tells() => worst = error,
-                    Err(_) => {}
-                }
+    let mut attempts: FuturesUnordered<_> = addresses.iter().map(|address| check(address, certs)).collect();
+    let mut telling: Option<PreflightError> = None;
+    while let Some(result) = attempts.next().await {
+        match result {
+            Ok(peer) => return Ok(peer),
+            Err(error) if telling.as_ref().is_none_or(|other| error.tells() > other.tells()) => {
+                telling = Some(error);
             }
-            Err(worst)
+            Err(_) => {}
         }
     }
+    Err(telling.expect("a token has addresses"))
 }
 
 /// Whether the node at `address` is of the mesh of `certs` and takes us for one of it too.

@@ -9,7 +9,7 @@ use nats_launcher::{Backoff, Exit, ExitCause, READY, ROUTES_READY, ServerEvent, 
 use rand::Rng;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
-use tracing::{info, warn};
+use tracing::{debug, warn};
 
 use super::address::Address;
 use super::error::FabricError;
@@ -22,6 +22,14 @@ const PORT_PATIENCE: Duration = Duration::from_millis(1500);
 /// A server that gives up this often before it was ever ready will not get ready.
 const MAX_EARLY_EXITS: u32 = 5;
 const GRACE: Duration = Duration::from_secs(5);
+
+/// Warnings of what is meant to be so: passwords that live in a file of the owner's, and a lone node's start.
+pub const AS_EXPECTED: [&str; 4] = [
+    "Plaintext passwords detected",
+    "Waiting for routing to be established",
+    "JetStream has not established contact with a meta leader",
+    "Metalayer blocking snapshot",
+];
 
 /// What the server is doing.
 #[derive(Debug, Clone)]
@@ -54,6 +62,7 @@ impl Server {
         conf_path: &Path,
         conf: &str,
         memory_limit_mib: Option<u64>,
+        hushed: Vec<&'static str>,
     ) -> Result<Self, FabricError> {
         private_file::write(conf_path, conf.as_bytes())?;
         let spec = ServerSpec {
@@ -63,6 +72,7 @@ impl Server {
             memory_limit_mib,
             // A port that is taken is told before this, whichever it is.
             ready_when: vec![READY, ROUTES_READY],
+            hushed,
             grace: GRACE,
             backoff: Backoff::default(),
         };
@@ -72,7 +82,7 @@ impl Server {
         let supervisor = Supervisor::start(spec, move |event| {
             let health = match event {
                 ServerEvent::Started { pid } => {
-                    info!(node, pid, "nats-server started");
+                    debug!(node, pid, "nats-server started");
                     return;
                 }
                 ServerEvent::Ready { .. } => {

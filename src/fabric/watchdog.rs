@@ -50,7 +50,8 @@ mod tests {
             "listen: \"{client}\"\nhttp: \"{}\"\ncluster {{ name: c, listen: \"{cluster}\" }}\n",
             ports.monitor
         );
-        let server = Server::start("a", &binary, &dir.path().join("conf"), &conf, None).expect("a thread");
+        let server =
+            Server::start("a", &binary, &dir.path().join("conf"), &conf, None, Vec::new()).expect("a thread");
         server.ready(&ports).await.expect("it starts");
         let server = Arc::new(server);
         let task = tokio::spawn(watch(server.clone(), ports.monitor, Duration::from_millis(20)));

@@ -114,7 +114,7 @@ async fn a_client_port_open_to_others_is_encrypted() {
     };
     let url = format!("nats://127.0.0.1:{}", site.client.port());
     assert!(login().connect(&url).await.is_err(), "without the mesh's CA there is no trust, and no login");
-    let ca = site.state().path().join("tls/ca.crt");
+    let ca = site.state().ca();
     let client = login().add_root_certificates(ca).require_tls(true).connect(&url).await;
     client.expect("with it there is").flush().await.expect("connected");
     node.fabric.shutdown().await;
