@@ -2,6 +2,7 @@
 //! do next; none holds a secret.
 
 use std::io;
+use std::path::PathBuf;
 
 use super::accounts::AccountsError;
 use super::address::{Address, AddressError};
@@ -16,6 +17,12 @@ use crate::core::names::NodeName;
 /// Why the fabric does not start, or did not take a message.
 #[derive(Debug, thiserror::Error)]
 pub enum FabricError {
+    /// Another process uses the state directory.
+    #[error("another litemesh runs with {}: stop it, or choose another directory with --state-dir", dir.display())]
+    StateDirInUse {
+        /// The directory.
+        dir: PathBuf,
+    },
     /// Another process listens where peers should connect.
     #[error("{address} is taken by another process: stop it, or choose another port with --cluster")]
     ClusterPortTaken {

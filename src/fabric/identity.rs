@@ -12,7 +12,7 @@ use super::keys::MeshKey;
 use super::members::Members;
 use super::options::{FabricOptions, StateDir};
 use super::server::Ports;
-use super::{bootstrap, preflight, private_file};
+use super::{bootstrap, preflight};
 use crate::core::names::NodeName;
 use tracing::info;
 
@@ -36,8 +36,6 @@ impl Identity {
     /// Loads it; at the first start makes it, or takes it from the token after a look at the mesh.
     pub(super) async fn establish(options: &FabricOptions) -> Result<(Self, Members), FabricError> {
         let state = StateDir::new(&options.state_dir);
-        private_file::make_dir(state.path())
-            .map_err(|source| FabricError::System { what: "cannot make the state directory", source })?;
         let own = options.own_addresses()?;
         let stored = MeshKey::load(&state.key())?;
         let key = match (&stored, &options.join) {

@@ -21,6 +21,7 @@ mod options;
 pub mod preflight;
 mod private_file;
 mod server;
+mod state_lock;
 mod subjects;
 pub mod token;
 mod watchdog;

@@ -22,10 +22,11 @@ use super::identity::Identity;
 use super::link::{Incoming, Outgoing};
 use super::log_stream::{self, LogCounters, LogState};
 use super::options::FabricOptions;
-use super::server::{AS_EXPECTED, Server};
+use super::server::{AS_EXPECTED, Server, ServerSetup};
+use super::state_lock::StateLock;
 use super::subjects::{self, Envelope};
 use super::token::JoinToken;
-use super::{departure, gate, monitor, watchdog};
+use super::{departure, gate, monitor, private_file, watchdog};
 use crate::core::names::NodeName;
 
 /// A server on the same host that takes nothing for this long is not going to.
@@ -85,19 +86,23 @@ pub struct Fabric {
 impl Fabric {
     /// Starts the server, founds or joins the mesh, connects. Returns when messages flow; the log may come later.
     pub async fn start(options: FabricOptions) -> Result<(Self, mpsc::Receiver<Incoming>), FabricError> {
+        private_file::make_dir(&options.state_dir)
+            .map_err(|source| FabricError::System { what: "cannot make the state directory", source })?;
+        let lock = StateLock::take(&options.state_dir).await?;
         let (identity, members) = Identity::establish(&options).await?;
         let bin = identity.state.bin();
         let binary = tokio::task::spawn_blocking(move || nats_launcher::Bundle::install(&bin))
             .await
             .map_err(|e| FabricError::System { what: "unpacking", source: std::io::Error::other(e) })??;
-        let server = Server::start(
-            identity.node.as_str(),
-            &binary,
-            &identity.state.conf(),
-            &identity.conf_text(&members),
-            Some(options.memory_budget_mib),
-            AS_EXPECTED.to_vec(),
-        )?;
+        let setup = ServerSetup {
+            name: identity.node.as_str(),
+            binary: &binary,
+            conf_path: identity.state.conf(),
+            conf: &identity.conf_text(&members),
+            memory_limit_mib: Some(options.memory_budget_mib),
+            hushed: AS_EXPECTED.to_vec(),
+        };
+        let server = Server::start(setup, Some(lock))?;
         let mut tasks = JoinSet::new();
         // Before the server is ready: it loads its streams as soon as the gate is open.
         tasks.spawn(gate::hold(identity.ports.gate, identity.accounts.gate.clone()));

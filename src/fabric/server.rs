@@ -14,6 +14,7 @@ use tracing::{debug, warn};
 use super::address::Address;
 use super::error::FabricError;
 use super::private_file;
+use super::state_lock::StateLock;
 
 /// A server gets ready in a fraction of a second; with gigabytes of streams to look through it takes longer.
 const READY_PATIENCE: Duration = Duration::from_secs(60);
@@ -52,23 +53,35 @@ pub struct Server {
     supervisor: Supervisor,
     health: watch::Receiver<Health>,
     conf_path: PathBuf,
+    /// After the supervisor: fields are dropped in this order.
+    _lock: Option<StateLock>,
+}
+
+/// What makes one server differ from another.
+pub struct ServerSetup<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// The program.
+    pub binary: &'a Path,
+    /// Where its configuration is to be.
+    pub conf_path: PathBuf,
+    /// Its configuration.
+    pub conf: &'a str,
+    /// The memory it should stay within.
+    pub memory_limit_mib: Option<u64>,
+    /// Lines of its log that are of no interest to an operator: their beginnings.
+    pub hushed: Vec<&'static str>,
 }
 
 impl Server {
-    /// Writes the configuration and starts the server. Does not wait for it.
-    pub fn start(
-        name: &str,
-        binary: &Path,
-        conf_path: &Path,
-        conf: &str,
-        memory_limit_mib: Option<u64>,
-        hushed: Vec<&'static str>,
-    ) -> Result<Self, FabricError> {
-        private_file::write(conf_path, conf.as_bytes())?;
+    /// Writes the configuration and starts the server. Does not wait for it. The lock is held until it has ended.
+    pub(super) fn start(setup: ServerSetup<'_>, lock: Option<StateLock>) -> Result<Self, FabricError> {
+        let ServerSetup { name, binary, conf_path, conf, memory_limit_mib, hushed } = setup;
+        private_file::write(&conf_path, conf.as_bytes())?;
         let spec = ServerSpec {
             name: name.to_owned(),
             binary: binary.to_owned(),
-            args: vec!["-c".into(), conf_path.into()],
+            args: vec!["-c".into(), conf_path.clone().into()],
             memory_limit_mib,
             // A port that is taken is told before this, whichever it is.
             ready_when: vec![READY, ROUTES_READY],
@@ -99,7 +112,7 @@ impl Server {
             };
             told.send_replace(health);
         })?;
-        Ok(Self { supervisor, health, conf_path: conf_path.to_owned() })
+        Ok(Self { supervisor, health, conf_path, _lock: lock })
     }
 
     /// Until it takes connections. A taken port may be a predecessor's that is just dying: it gets a moment.
@@ -160,8 +173,9 @@ impl Server {
 
     /// SIGTERM, grace, SIGKILL.
     pub async fn stop(self) {
+        let Self { supervisor, _lock, .. } = self;
         // A task that was cancelled has dropped the supervisor, which kills the server.
-        let _ = tokio::task::spawn_blocking(move || self.supervisor.stop()).await;
+        let _ = tokio::task::spawn_blocking(move || supervisor.stop()).await;
     }
 }
 

@@ -38,7 +38,7 @@ mod tests {
     use tokio::time::{Instant, sleep};
 
     use super::*;
-    use crate::fabric::server::{Ports, Server, free_loopback};
+    use crate::fabric::server::{Ports, ServerSetup, free_loopback};
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_server_that_hangs_is_replaced_and_one_that_is_well_is_not() {
@@ -50,8 +50,15 @@ mod tests {
             "listen: \"{client}\"\nhttp: \"{}\"\ncluster {{ name: c, listen: \"{cluster}\" }}\n",
             ports.monitor
         );
-        let server =
-            Server::start("a", &binary, &dir.path().join("conf"), &conf, None, Vec::new()).expect("a thread");
+        let setup = ServerSetup {
+            name: "a",
+            binary: &binary,
+            conf_path: dir.path().join("conf"),
+            conf: &conf,
+            memory_limit_mib: None,
+            hushed: Vec::new(),
+        };
+        let server = Server::start(setup, None).expect("a thread");
         server.ready(&ports).await.expect("it starts");
         let server = Arc::new(server);
         let task = tokio::spawn(watch(server.clone(), ports.monitor, Duration::from_millis(20)));
