@@ -16,7 +16,7 @@ use super::conf::{self, ServerConf};
 use super::error::FabricError;
 use super::monitor::{self, MetaGroup};
 use super::private_file;
-use super::server::{Ports, Server, free_loopback};
+use super::server::{self, Ports, Server, ServerSetup, free_loopback};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
@@ -99,13 +99,22 @@ fn start_helper(founding: &Founding<'_>, name: &str, dir: &Path) -> Result<Serve
         store_dir: &store_dir,
         ..founding.conf
     };
-    Server::start(name, founding.binary, &dir.join("nats.conf"), &conf::render(&conf), None)
+    let setup = ServerSetup {
+        name,
+        binary: founding.binary,
+        conf_path: dir.join("nats.conf"),
+        conf: &conf::render(&conf),
+        memory_limit_mib: None,
+        // Its end looks like a disaster in its log.
+        hushed: vec![""],
+    };
+    Server::start(setup, None)
 }
 
 impl Founding<'_> {
     /// Where the helper finds the real server.
     fn conf_route(&self) -> super::address::Address {
-        super::server::reachable(self.ports.cluster).into()
+        server::reachable(self.ports.cluster).into()
     }
 }
 

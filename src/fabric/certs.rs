@@ -18,6 +18,9 @@ use super::private_file::{self, StateFileError};
 /// The name every node's certificate has: nats-server checks it where it dials an IP address.
 pub const COMMON_NAME: &str = "localhost";
 
+/// The CA's certificate, in the directory of [`NodeCerts::save`].
+pub const CA_FILE: &str = "ca.crt";
+
 /// An Ed25519 private key in PKCS#8 is this and the seed.
 const PKCS8_ED25519: [u8; 16] =
     [0x30, 0x2e, 0x02, 0x01, 0x00, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x04, 0x22, 0x04, 0x20];
@@ -64,13 +67,16 @@ impl NodeCerts {
         Ok(Self { ca, certificate, key })
     }
 
+    /// What a node would have whose mesh trusts this CA and not its certificate, as in a change of keys.
+    #[cfg(test)]
+    pub(super) fn trusting(self, ca_of: &Self) -> Self {
+        Self { ca: ca_of.ca.clone(), ..self }
+    }
+
     /// Writes them into `dir`, for nats-server.
     pub fn save(&self, dir: &Path) -> Result<CertFiles, CertError> {
-        let files = CertFiles {
-            ca: dir.join("ca.crt"),
-            certificate: dir.join("node.crt"),
-            key: dir.join("node.key"),
-        };
+        let files =
+            CertFiles { ca: dir.join(CA_FILE), certificate: dir.join("node.crt"), key: dir.join("node.key") };
         private_file::write(&files.ca, self.ca.pem().as_bytes())?;
         private_file::write(&files.certificate, self.certificate.pem().as_bytes())?;
         private_file::write(&files.key, self.key.serialize_pem().as_bytes())?;

@@ -2,6 +2,7 @@
 //! do next; none holds a secret.
 
 use std::io;
+use std::path::PathBuf;
 
 use super::accounts::AccountsError;
 use super::address::{Address, AddressError};
@@ -11,10 +12,17 @@ use super::members::MembersError;
 use super::preflight::PreflightError;
 use super::private_file::StateFileError;
 use super::token::TokenError;
+use crate::core::names::NodeName;
 
 /// Why the fabric does not start, or did not take a message.
 #[derive(Debug, thiserror::Error)]
 pub enum FabricError {
+    /// Another process uses the state directory.
+    #[error("another litemesh runs with {}: stop it, or choose another directory with --state-dir", dir.display())]
+    StateDirInUse {
+        /// The directory.
+        dir: PathBuf,
+    },
     /// Another process listens where peers should connect.
     #[error("{address} is taken by another process: stop it, or choose another port with --cluster")]
     ClusterPortTaken {
@@ -35,6 +43,28 @@ pub enum FabricError {
         "this node already belongs to another mesh: leave --join out, or start with an empty --state-dir"
     )]
     BelongsElsewhere,
+    /// The node that was to be joined has our name.
+    #[error("the node at {address} is called {node} too: choose another name with --name")]
+    NameTaken {
+        /// Where it was found.
+        address: Address,
+        /// The name.
+        node: NodeName,
+    },
+    /// The node that was to be removed is connected.
+    #[error("{node} is running: stop it first, or have it leave")]
+    StillRunning {
+        /// The node.
+        node: NodeName,
+    },
+    /// The cluster did not remove a node.
+    #[error("{node} is not removed: {reason}")]
+    Remove {
+        /// The node.
+        node: NodeName,
+        /// What stood in the way.
+        reason: String,
+    },
     /// `--advertise` is no address.
     #[error("--advertise: {0}")]
     Advertise(#[from] AddressError),

@@ -23,6 +23,9 @@ const LAST_PAUSE: Duration = Duration::from_secs(30);
 #[derive(Debug, Serialize, Deserialize)]
 struct Hello {
     routes: Vec<Address>,
+    /// Nodes that were removed.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    gone: Vec<NodeName>,
 }
 
 /// The members, shared between who learns of them and who asks.
@@ -41,10 +44,10 @@ impl Roster {
         self.lock().names().cloned().collect()
     }
 
-    /// The members, if this node's addresses were news.
-    fn learn(&self, node: &NodeName, addresses: &[Address]) -> Option<Members> {
+    /// The members, if something of this was news.
+    fn update(&self, change: impl FnOnce(&mut Members) -> bool) -> Option<Members> {
         let mut members = self.lock();
-        members.learn(node, addresses).then(|| members.clone())
+        change(&mut members).then(|| members.clone())
     }
 
     fn lock(&self) -> MutexGuard<'_, Members> {
@@ -52,7 +55,8 @@ impl Roster {
     }
 }
 
-/// The task that says hello and listens for it.
+/// What it takes to say hello and to act upon one.
+#[derive(Clone)]
 pub(super) struct Exchange {
     pub(super) client: async_nats::Client,
     pub(super) identity: Arc<Identity>,
@@ -68,7 +72,7 @@ impl Exchange {
         loop {
             tokio::select! {
                 () = sleep_until(next) => {
-                    self.say_hello().await;
+                    self.say_hello(Vec::new()).await;
                     next = Instant::now() + pause;
                     pause = (pause * 2).min(LAST_PAUSE);
                 }
@@ -83,11 +87,19 @@ impl Exchange {
         }
     }
 
-    async fn say_hello(&self) {
+    /// Forgets a node that was removed, and tells the others.
+    pub(super) async fn forget(&self, node: &NodeName) {
+        if let Some(members) = self.roster.update(|members| members.forget(node)) {
+            self.keep(&members);
+        }
+        self.say_hello(vec![node.clone()]).await;
+    }
+
+    async fn say_hello(&self, gone: Vec<NodeName>) {
         if self.client.connection_state() != async_nats::connection::State::Connected {
             return;
         }
-        let hello = Hello { routes: self.identity.own.clone() };
+        let hello = Hello { routes: self.identity.own.clone(), gone };
         let text = serde_json::to_vec(&hello).expect("strings become JSON");
         // The next one comes soon.
         let _ = self.client.publish(subjects::hello(&self.identity.node), text.into()).await;
@@ -100,13 +112,25 @@ impl Exchange {
         if from == self.identity.node {
             return false;
         }
-        let Some(members) = self.roster.learn(&from, &hello.routes) else { return false };
-        info!(node = %from, addresses = ?hello.routes, "a member");
-        let kept = members.save(&self.identity.state.members()).map_err(|e| e.to_string());
-        let reloaded = self.server.reload(&self.identity.conf_text(&members)).map_err(|e| e.to_string());
-        if let Err(e) = kept.and(reloaded) {
-            warn!(node = %from, "a member's addresses are not kept: {e}");
-        }
+        let news = self.roster.update(|members| {
+            let mut news = members.learn(&from, &hello.routes);
+            for node in &hello.gone {
+                news |= members.forget(node);
+            }
+            news
+        });
+        let Some(members) = news else { return false };
+        info!(node = %from, addresses = ?hello.routes, gone = ?hello.gone, "the members have changed");
+        self.keep(&members);
         true
+    }
+
+    /// For the next start, and for the server that runs.
+    fn keep(&self, members: &Members) {
+        let kept = members.save(&self.identity.state.members()).map_err(|e| e.to_string());
+        let reloaded = self.server.reload(&self.identity.conf_text(members)).map_err(|e| e.to_string());
+        if let Err(e) = kept.and(reloaded) {
+            warn!("the members' addresses are not kept: {e}");
+        }
     }
 }

@@ -1,6 +1,8 @@
 //! Who this node is and how its server is set up: everything of a start that comes before the server. Invariant: a
 //! node that joined or founded a mesh stays in it, whatever token it is started with later.
 
+use std::path::PathBuf;
+
 use super::accounts::Accounts;
 use super::address::Address;
 use super::certs::{CertFiles, NodeCerts};
@@ -10,12 +12,13 @@ use super::keys::MeshKey;
 use super::members::Members;
 use super::options::{FabricOptions, StateDir};
 use super::server::Ports;
-use super::{bootstrap, preflight, private_file};
+use super::{bootstrap, preflight};
+use crate::core::names::NodeName;
 use tracing::info;
 
 /// What was loaded, made or received.
 pub(super) struct Identity {
-    pub(super) node: crate::core::names::NodeName,
+    pub(super) node: NodeName,
     pub(super) key: MeshKey,
     pub(super) mesh_id: String,
     pub(super) own: Vec<Address>,
@@ -25,7 +28,7 @@ pub(super) struct Identity {
     pub(super) accounts: Accounts,
     pub(super) ports: Ports,
     pub(super) state: StateDir,
-    store: std::path::PathBuf,
+    store: PathBuf,
     store_limit_mib: u64,
 }
 
@@ -33,8 +36,6 @@ impl Identity {
     /// Loads it; at the first start makes it, or takes it from the token after a look at the mesh.
     pub(super) async fn establish(options: &FabricOptions) -> Result<(Self, Members), FabricError> {
         let state = StateDir::new(&options.state_dir);
-        private_file::make_dir(state.path())
-            .map_err(|source| FabricError::System { what: "cannot make the state directory", source })?;
         let own = options.own_addresses()?;
         let stored = MeshKey::load(&state.key())?;
         let key = match (&stored, &options.join) {
@@ -55,7 +56,7 @@ impl Identity {
         };
         let members = match &options.join {
             Some(token) if known.routes(&own).is_empty() && !token_is_ours(token.addresses(), &own) => {
-                join(token.addresses(), &certs, &state).await?
+                join(token.addresses(), &options.node, &certs, &state).await?
             }
             _ => known,
         };
@@ -126,8 +127,16 @@ fn token_is_ours(addresses: &[Address], own: &[Address]) -> bool {
 
 /// Looks at the mesh first: nothing is kept of a token that is no good. The key is saved later, it says that this node
 /// belongs; a crash before leaves a node that can be started with the token once more.
-async fn join(addresses: &[Address], certs: &NodeCerts, state: &StateDir) -> Result<Members, FabricError> {
+async fn join(
+    addresses: &[Address],
+    node: &NodeName,
+    certs: &NodeCerts,
+    state: &StateDir,
+) -> Result<Members, FabricError> {
     let peer = preflight::any(addresses, certs).await?;
+    if peer.name == node.as_str() {
+        return Err(FabricError::NameTaken { address: peer.address, node: node.clone() });
+    }
     info!(peer = peer.name, address = %peer.address, "joining");
     let members = Members::from_seeds(addresses.to_vec());
     members.save(&state.members())?;

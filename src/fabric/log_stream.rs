@@ -19,7 +19,7 @@ const DUPLICATE_WINDOW_NS: u64 = 100_000_000;
 const FIRST_RETRY: Duration = Duration::from_millis(250);
 const LAST_RETRY: Duration = Duration::from_secs(30);
 /// Without a leader nobody answers at all, and asking again once there is one is what helps.
-const ANSWER_PATIENCE: Duration = Duration::from_secs(2);
+const ANSWER_PATIENCE: Duration = Duration::from_secs(1);
 /// Somebody may delete the stream: it is looked after.
 const LOOK_AFTER: Duration = Duration::from_secs(300);
 

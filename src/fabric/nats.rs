@@ -17,15 +17,16 @@ use super::accounts::MESH_USER;
 use super::bootstrap::{self, Founding};
 use super::conf::MAX_PAYLOAD_BYTES;
 use super::error::FabricError;
-use super::hello::{self, Roster};
+use super::hello::{Exchange, Roster};
 use super::identity::Identity;
 use super::link::{Incoming, Outgoing};
 use super::log_stream::{self, LogCounters, LogState};
 use super::options::FabricOptions;
-use super::server::Server;
+use super::server::{AS_EXPECTED, Server, ServerSetup};
+use super::state_lock::StateLock;
 use super::subjects::{self, Envelope};
 use super::token::JoinToken;
-use super::{gate, monitor, watchdog};
+use super::{departure, gate, monitor, private_file, watchdog};
 use crate::core::names::NodeName;
 
 /// A server on the same host that takes nothing for this long is not going to.
@@ -46,6 +47,8 @@ pub struct ServerInfo {
     pub pid: Option<u32>,
     /// How often it was started again.
     pub restarts: u64,
+    /// It says that its storage works. One without peers or leader is well.
+    pub healthy: bool,
     /// Its version.
     pub version: String,
     /// The peers whose servers are connected to it.
@@ -83,18 +86,23 @@ pub struct Fabric {
 impl Fabric {
     /// Starts the server, founds or joins the mesh, connects. Returns when messages flow; the log may come later.
     pub async fn start(options: FabricOptions) -> Result<(Self, mpsc::Receiver<Incoming>), FabricError> {
+        private_file::make_dir(&options.state_dir)
+            .map_err(|source| FabricError::System { what: "cannot make the state directory", source })?;
+        let lock = StateLock::take(&options.state_dir).await?;
         let (identity, members) = Identity::establish(&options).await?;
         let bin = identity.state.bin();
         let binary = tokio::task::spawn_blocking(move || nats_launcher::Bundle::install(&bin))
             .await
             .map_err(|e| FabricError::System { what: "unpacking", source: std::io::Error::other(e) })??;
-        let server = Server::start(
-            identity.node.as_str(),
-            &binary,
-            &identity.state.conf(),
-            &identity.conf_text(&members),
-            Some(options.memory_budget_mib),
-        )?;
+        let setup = ServerSetup {
+            name: identity.node.as_str(),
+            binary: &binary,
+            conf_path: identity.state.conf(),
+            conf: &identity.conf_text(&members),
+            memory_limit_mib: Some(options.memory_budget_mib),
+            hushed: AS_EXPECTED.to_vec(),
+        };
+        let server = Server::start(setup, Some(lock))?;
         let mut tasks = JoinSet::new();
         // Before the server is ready: it loads its streams as soon as the gate is open.
         tasks.spawn(gate::hold(identity.ports.gate, identity.accounts.gate.clone()));
@@ -146,15 +154,18 @@ impl Fabric {
         });
         let (client, node, log) = (self.client.clone(), self.identity.node.clone(), self.log.clone());
         self.tasks.spawn(log_stream::keep(client, node, options.log, log));
-        let exchange = hello::Exchange {
+        self.tasks.spawn(self.exchange().run(hellos));
+        self.tasks.spawn(watchdog::watch(self.server.clone(), self.identity.ports.monitor, watchdog::PERIOD));
+        Ok((self, incoming))
+    }
+
+    fn exchange(&self) -> Exchange {
+        Exchange {
             client: self.client.clone(),
             identity: self.identity.clone(),
             server: self.server.clone(),
             roster: self.roster.clone(),
-        };
-        self.tasks.spawn(exchange.run(hellos));
-        self.tasks.spawn(watchdog::watch(self.server.clone(), self.identity.ports.monitor));
-        Ok((self, incoming))
+        }
     }
 
     async fn subscribe(&self, subject: &str) -> Result<async_nats::Subscriber, FabricError> {
@@ -219,12 +230,23 @@ impl Fabric {
         self.roster.names()
     }
 
+    /// Takes a node out of the mesh that is stopped and will not come back, on all nodes. Should it come back all the
+    /// same, it is a member again.
+    pub async fn remove_member(&self, node: &NodeName) -> Result<(), FabricError> {
+        departure::remove(&self.identity, node).await?;
+        self.exchange().forget(node).await;
+        Ok(())
+    }
+
     /// The state of our own server. What it does not tell within a moment is left empty.
     pub async fn server_info(&self) -> ServerInfo {
-        let routes = monitor::route_names(self.identity.ports.monitor).await.unwrap_or_default();
+        let address = self.identity.ports.monitor;
+        let routes = monitor::route_names(address).await.unwrap_or_default();
+        let healthy = monitor::is_healthy(address).await;
         ServerInfo {
             pid: self.server.pid(),
             restarts: self.server.restarts(),
+            healthy,
             version: self.client.server_info().version,
             routes,
             client_url: format!("nats://{}", self.identity.ports.client_address()),

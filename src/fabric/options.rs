@@ -5,6 +5,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
 
 use super::address::{Address, AddressError};
+use super::certs::CA_FILE;
 use super::log_stream::LogLimits;
 use super::token::JoinToken;
 use crate::core::names::NodeName;
@@ -105,6 +106,11 @@ impl StateDir {
     /// The other nodes' addresses.
     pub fn members(&self) -> PathBuf {
         self.0.join("members.json")
+    }
+
+    /// The mesh's CA: what a program needs to trust a client port that is encrypted.
+    pub fn ca(&self) -> PathBuf {
+        self.tls().join(CA_FILE)
     }
 
     pub(super) fn tls(&self) -> PathBuf {

@@ -6,6 +6,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 use rustls::pki_types::ServerName;
 use rustls::{AlertDescription, CertificateError};
 use serde_json::Value;
@@ -110,23 +112,18 @@ pub struct Peer {
 
 /// The first peer that would take us in; otherwise the most telling error. `addresses` must not be empty.
 pub async fn any(addresses: &[Address], certs: &NodeCerts) -> Result<Peer, PreflightError> {
-    assert!(!addresses.is_empty(), "a token has addresses");
-    let attempts: Vec<_> = addresses.iter().map(|address| Box::pin(check(address, certs))).collect();
-    match futures::future::select_ok(attempts).await {
-        Ok((peer, _)) => Ok(peer),
-        Err(last) => {
-            let mut worst = last;
-            // `select_ok` keeps the last error alone; on this path a second look costs nobody anything.
-            for address in addresses {
-                match check(address, certs).await {
-                    Ok(peer) => return Ok(peer),
-                    Err(error) if error.tells() > worst.tells() => worst = error,
-                    Err(_) => {}
-                }
+    let mut attempts: FuturesUnordered<_> = addresses.iter().map(|address| check(address, certs)).collect();
+    let mut telling: Option<PreflightError> = None;
+    while let Some(result) = attempts.next().await {
+        match result {
+            Ok(peer) => return Ok(peer),
+            Err(error) if telling.as_ref().is_none_or(|other| error.tells() > other.tells()) => {
+                telling = Some(error);
             }
-            Err(worst)
+            Err(_) => {}
         }
     }
+    Err(telling.expect("a token has addresses"))
 }
 
 /// Whether the node at `address` is of the mesh of `certs` and takes us for one of it too.
@@ -235,5 +232,44 @@ fn classify(error: &io::Error, address: &Address) -> PreflightError {
         ) => PreflightError::OtherMesh { address },
         Some(other) => PreflightError::Tls { address, reason: other.to_string() },
         None => PreflightError::Tls { address, reason: error.to_string() },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fabric::keys::MeshKey;
+    use crate::fabric::{Fabric, FabricOptions};
+
+    /// Both sides of "another mesh", at a real server: we do not trust it, and it does not trust us.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn the_wrong_key_is_told_whoever_notices_it() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let [cluster, client] = crate::fabric::server::free_loopback().expect("ports");
+        let node = "a".parse().expect("a name");
+        let options = FabricOptions::new(node, dir.path().join("state"), cluster, client);
+        let (fabric, _incoming) = Fabric::start(options).await.expect("starts");
+        let address = Address::from(cluster);
+        let key = fabric.join_token().expect("a token").key().clone();
+        let mint = |key: &MeshKey| NodeCerts::mint(key, "b", &[]).expect("mints");
+        let other = MeshKey::generate().expect("randomness");
+
+        let peer = check(&address, &mint(&key)).await.expect("a member is welcome");
+        assert_eq!(peer, Peer { name: "a".to_owned(), address: address.clone() });
+        let error = check(&address, &mint(&other)).await.expect_err("we do not trust it");
+        assert!(matches!(error, PreflightError::OtherMesh { .. }), "{error}");
+        let error =
+            check(&address, &mint(&other).trusting(&mint(&key))).await.expect_err("it does not trust us");
+        assert!(matches!(error, PreflightError::OtherMesh { .. }), "{error}");
+        let by_name = format!("ip6-localhost:{}", cluster.port()).parse::<Address>().expect("an address");
+        let error = classify_name(&by_name, cluster, &mint(&key)).await;
+        assert!(matches!(error, PreflightError::NotItsName { .. }), "{error}");
+        fabric.shutdown().await;
+    }
+
+    /// Dials the node, and expects it to have a certificate for another name.
+    async fn classify_name(name: &Address, at: SocketAddr, certs: &NodeCerts) -> PreflightError {
+        let stream = TcpStream::connect(at).await.expect("it listens");
+        shake_hands(stream, name, certs).await.map(drop).expect_err("it is not called that")
     }
 }

@@ -1,19 +1,20 @@
 //! One nats-server with its configuration file and its supervisor. Invariant: the file on disk is the configuration
 //! that the server was started or told to reload with, and its owner alone can read it.
 
-use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nats_launcher::{Backoff, Exit, ExitCause, READY, ROUTES_READY, ServerEvent, ServerSpec, Supervisor};
+use rand::Rng;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
-use tracing::{info, warn};
+use tracing::{debug, warn};
 
 use super::address::Address;
 use super::error::FabricError;
 use super::private_file;
+use super::state_lock::StateLock;
 
 /// A server gets ready in a fraction of a second; with gigabytes of streams to look through it takes longer.
 const READY_PATIENCE: Duration = Duration::from_secs(60);
@@ -22,6 +23,14 @@ const PORT_PATIENCE: Duration = Duration::from_millis(1500);
 /// A server that gives up this often before it was ever ready will not get ready.
 const MAX_EARLY_EXITS: u32 = 5;
 const GRACE: Duration = Duration::from_secs(5);
+
+/// Warnings of what is meant to be so: passwords that live in a file of the owner's, and a lone node's start.
+pub const AS_EXPECTED: [&str; 4] = [
+    "Plaintext passwords detected",
+    "Waiting for routing to be established",
+    "JetStream has not established contact with a meta leader",
+    "Metalayer blocking snapshot",
+];
 
 /// What the server is doing.
 #[derive(Debug, Clone)]
@@ -44,25 +53,39 @@ pub struct Server {
     supervisor: Supervisor,
     health: watch::Receiver<Health>,
     conf_path: PathBuf,
+    /// After the supervisor: fields are dropped in this order.
+    _lock: Option<StateLock>,
+}
+
+/// What makes one server differ from another.
+pub struct ServerSetup<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// The program.
+    pub binary: &'a Path,
+    /// Where its configuration is to be.
+    pub conf_path: PathBuf,
+    /// Its configuration.
+    pub conf: &'a str,
+    /// The memory it should stay within.
+    pub memory_limit_mib: Option<u64>,
+    /// Lines of its log that are of no interest to an operator: their beginnings.
+    pub hushed: Vec<&'static str>,
 }
 
 impl Server {
-    /// Writes the configuration and starts the server. Does not wait for it.
-    pub fn start(
-        name: &str,
-        binary: &Path,
-        conf_path: &Path,
-        conf: &str,
-        memory_limit_mib: Option<u64>,
-    ) -> Result<Self, FabricError> {
-        private_file::write(conf_path, conf.as_bytes())?;
+    /// Writes the configuration and starts the server. Does not wait for it. The lock is held until it has ended.
+    pub(super) fn start(setup: ServerSetup<'_>, lock: Option<StateLock>) -> Result<Self, FabricError> {
+        let ServerSetup { name, binary, conf_path, conf, memory_limit_mib, hushed } = setup;
+        private_file::write(&conf_path, conf.as_bytes())?;
         let spec = ServerSpec {
             name: name.to_owned(),
             binary: binary.to_owned(),
-            args: vec!["-c".into(), conf_path.into()],
+            args: vec!["-c".into(), conf_path.clone().into()],
             memory_limit_mib,
             // A port that is taken is told before this, whichever it is.
             ready_when: vec![READY, ROUTES_READY],
+            hushed,
             grace: GRACE,
             backoff: Backoff::default(),
         };
@@ -72,7 +95,7 @@ impl Server {
         let supervisor = Supervisor::start(spec, move |event| {
             let health = match event {
                 ServerEvent::Started { pid } => {
-                    info!(node, pid, "nats-server started");
+                    debug!(node, pid, "nats-server started");
                     return;
                 }
                 ServerEvent::Ready { .. } => {
@@ -89,7 +112,7 @@ impl Server {
             };
             told.send_replace(health);
         })?;
-        Ok(Self { supervisor, health, conf_path: conf_path.to_owned() })
+        Ok(Self { supervisor, health, conf_path, _lock: lock })
     }
 
     /// Until it takes connections. A taken port may be a predecessor's that is just dying: it gets a moment.
@@ -150,8 +173,9 @@ impl Server {
 
     /// SIGTERM, grace, SIGKILL.
     pub async fn stop(self) {
+        let Self { supervisor, _lock, .. } = self;
         // A task that was cancelled has dropped the supervisor, which kills the server.
-        let _ = tokio::task::spawn_blocking(move || self.supervisor.stop()).await;
+        let _ = tokio::task::spawn_blocking(move || supervisor.stop()).await;
     }
 }
 
@@ -207,18 +231,38 @@ pub fn reachable(listen: SocketAddr) -> SocketAddr {
     if listen.ip().is_unspecified() { (Ipv4Addr::LOCALHOST, listen.port()).into() } else { listen }
 }
 
+/// Below the ports that systems give to outgoing connections: one of those could hold ours while the server restarts.
+const OWN_PORTS: std::ops::Range<u16> = 15_000..32_000;
+const MAX_TRIES: u32 = 1_000;
+
 /// Ports on loopback that nobody holds at this moment.
 pub fn free_loopback<const N: usize>() -> Result<[SocketAddr; N], FabricError> {
-    let fail = |source: io::Error| FabricError::System { what: "no free port on loopback", source };
     let mut addresses = [SocketAddr::from((Ipv4Addr::LOCALHOST, 0)); N];
     // All are held until all are chosen: none is handed out twice.
     let mut held = Vec::with_capacity(N);
     for address in &mut addresses {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(fail)?;
-        *address = listener.local_addr().map_err(fail)?;
+        let listener = bind_free()?;
+        *address = listener
+            .local_addr()
+            .map_err(|source| FabricError::System { what: "no free port on loopback", source })?;
         held.push(listener);
     }
     Ok(addresses)
+}
+
+fn bind_free() -> Result<TcpListener, FabricError> {
+    let mut tries = 0;
+    loop {
+        let port = rand::rng().random_range(OWN_PORTS);
+        tries += 1;
+        match TcpListener::bind((Ipv4Addr::LOCALHOST, port)) {
+            Ok(listener) => return Ok(listener),
+            Err(source) if tries >= MAX_TRIES => {
+                return Err(FabricError::System { what: "no free port on loopback", source });
+            }
+            Err(_) => {}
+        }
+    }
 }
 
 #[cfg(test)]

@@ -11,14 +11,16 @@ use tracing::warn;
 use super::monitor;
 use super::server::Server;
 
-const PERIOD: Duration = Duration::from_secs(5);
-const MAX_FAILURES: u32 = 6;
+/// How often it is asked.
+pub(super) const PERIOD: Duration = Duration::from_secs(10);
+/// Each of them takes up to the monitor's patience on top of the period.
+const MAX_FAILURES: u32 = 3;
 
 /// Until it is aborted.
-pub(super) async fn watch(server: Arc<Server>, address: SocketAddr) {
+pub(super) async fn watch(server: Arc<Server>, address: SocketAddr, period: Duration) {
     let mut failures = 0;
     loop {
-        sleep(PERIOD).await;
+        sleep(period).await;
         // One that is starting is the supervisor's business.
         let failed = server.is_ready() && !monitor::is_healthy(address).await;
         failures = if failed { failures + 1 } else { 0 };
@@ -27,5 +29,51 @@ pub(super) async fn watch(server: Arc<Server>, address: SocketAddr) {
             server.replace_process();
             failures = 0;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::process::{Pid, Signal, kill_process, test_kill_process};
+    use tokio::time::{Instant, sleep};
+
+    use super::*;
+    use crate::fabric::server::{Ports, ServerSetup, free_loopback};
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_server_that_hangs_is_replaced_and_one_that_is_well_is_not() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let binary = nats_launcher::Bundle::install(dir.path()).expect("a server");
+        let [client, cluster] = free_loopback().expect("ports");
+        let ports = Ports::choose(cluster, client).expect("ports");
+        let conf = format!(
+            "listen: \"{client}\"\nhttp: \"{}\"\ncluster {{ name: c, listen: \"{cluster}\" }}\n",
+            ports.monitor
+        );
+        let setup = ServerSetup {
+            name: "a",
+            binary: &binary,
+            conf_path: dir.path().join("conf"),
+            conf: &conf,
+            memory_limit_mib: None,
+            hushed: Vec::new(),
+        };
+        let server = Server::start(setup, None).expect("a thread");
+        server.ready(&ports).await.expect("it starts");
+        let server = Arc::new(server);
+        let task = tokio::spawn(watch(server.clone(), ports.monitor, Duration::from_millis(20)));
+        sleep(Duration::from_millis(500)).await;
+        assert_eq!(server.restarts(), 0, "twenty good answers");
+
+        let pid = i32::try_from(server.pid().expect("it runs")).expect("an id");
+        let pid = Pid::from_raw(pid).expect("not zero");
+        kill_process(pid, Signal::STOP).expect("ours");
+        let until = Instant::now() + Duration::from_secs(30);
+        while server.restarts() == 0 {
+            assert!(Instant::now() < until, "it is never replaced");
+            sleep(Duration::from_millis(20)).await;
+        }
+        assert!(test_kill_process(pid).is_err(), "the one that hung is gone");
+        task.abort();
     }
 }

@@ -40,6 +40,9 @@ async fn a_wrong_token_is_told_apart_from_a_wrong_address() {
     assert!(matches!(error, FabricError::Join(PreflightError::Refused { .. })), "{error}");
     let error = refusal(token(&key, &[client])).await;
     assert!(matches!(error, FabricError::Join(PreflightError::NotAPeer { .. })), "{error}");
+    let namesake = Site::new("a");
+    let error = namesake.try_start(Some(token(&key, &[cluster]))).await.err().expect("refused");
+    assert!(matches!(error, FabricError::NameTaken { .. }), "{error}");
     let error = refusal(token(&key, &[nowhere])).await;
     assert!(matches!(error, FabricError::Join(PreflightError::NoSuchHost { .. })), "{error}");
     node.fabric.shutdown().await;
@@ -122,4 +125,27 @@ async fn all_members_learn_of_each_other() {
     until_heard(&c, &mut b, "hello b").await;
     b.fabric.shutdown().await;
     c.fabric.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_removed_node_is_forgotten_by_all() {
+    let (a_site, b_site, c_site) = (Site::new("a"), Site::new("b"), Site::new("c"));
+    let (a, b) = pair(&a_site, &b_site).await;
+    let c = c_site.start(Some(a.fabric.join_token().expect("a token"))).await;
+    // All three must be in the cluster's metadata before one can be taken out of it.
+    for node in [&a, &b, &c] {
+        node.log_exists().await;
+    }
+    let knows_c = |node: &crate::support::Node| node.fabric.members().contains(&c_site.name);
+    eventually("both know c", async || knows_c(&a) && knows_c(&b)).await;
+    let error = a.fabric.remove_member(&c_site.name).await.expect_err("it runs");
+    assert!(matches!(error, FabricError::StillRunning { .. }), "{error}");
+    c.fabric.shutdown().await;
+    let removed = async || a.fabric.remove_member(&c_site.name).await.is_ok();
+    eventually("the cluster lets it go", removed).await;
+    eventually("both forget c", async || !knows_c(&a) && !knows_c(&b)).await;
+    let members = std::fs::read_to_string(b_site.state().members()).expect("readable");
+    assert!(!members.contains(&c_site.cluster.to_string()), "{members}");
+    a.fabric.shutdown().await;
+    b.fabric.shutdown().await;
 }

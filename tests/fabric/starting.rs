@@ -3,12 +3,12 @@
 use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
-use litemesh::fabric::FabricError;
 use litemesh::fabric::accounts::Accounts;
 use litemesh::fabric::link::Outgoing;
+use litemesh::fabric::{Fabric, FabricError};
 use tokio::time::timeout;
 
-use crate::support::{Site, commit, eventually, files_below, last_logged};
+use crate::support::{Site, commit, eventually, files_below, free_address, last_logged};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lone_node_founds_its_cluster_and_serves_its_log() {
@@ -68,6 +68,19 @@ async fn a_taken_port_is_named_with_its_flag() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_state_directory_is_not_used_twice() {
+    let site = Site::new("a");
+    let node = site.start(None).await;
+    let mut options = site.options(None);
+    (options.cluster, options.client) = (free_address(), free_address());
+    let error = Fabric::start(options).await.err().expect("it is in use");
+    assert!(matches!(&error, FabricError::StateDirInUse { .. }), "{error}");
+    node.fabric.send(commit(b"still there")).await.expect("the first one is not disturbed");
+    node.fabric.shutdown().await;
+    site.start(None).await.fabric.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn secrets_stay_in_files_of_the_owner() {
     let site = Site::new("a");
     let node = site.start(None).await;
@@ -114,7 +127,7 @@ async fn a_client_port_open_to_others_is_encrypted() {
     };
     let url = format!("nats://127.0.0.1:{}", site.client.port());
     assert!(login().connect(&url).await.is_err(), "without the mesh's CA there is no trust, and no login");
-    let ca = site.state().path().join("tls/ca.crt");
+    let ca = site.state().ca();
     let client = login().add_root_certificates(ca).require_tls(true).connect(&url).await;
     client.expect("with it there is").flush().await.expect("connected");
     node.fabric.shutdown().await;

@@ -33,8 +33,17 @@ pub struct Node {
     pub incoming: Receiver<Incoming>,
 }
 
+/// No two of this process, and none that an outgoing connection may take while its owner is down.
 pub fn free_address() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("bound")
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    loop {
+        let count = NEXT.fetch_add(1, Ordering::Relaxed);
+        let port = 10_000 + (std::process::id() as usize * 101 + count * 7) % 5_000;
+        let address = SocketAddr::from(([127, 0, 0, 1], u16::try_from(port).expect("below 15,000")));
+        if TcpListener::bind(address).is_ok() {
+            return address;
+        }
+    }
 }
 
 impl Site {

@@ -32,6 +32,9 @@ async fn a_lone_survivor_started_after_kill_9_serves_its_log() {
     let created = api(&client, "$JS.API.STREAM.CREATE.other", json!({ "name": "other" })).await;
     assert!(created.is_none_or(|answer| answer.get("error").is_some()), "no leader, no new stream");
 
+    let info = a.fabric.server_info().await;
+    assert!(info.healthy && info.restarts == 0, "alone is not ill: {info:?}");
+
     let mut b = b_site.start(None).await;
     until_heard(&a, &mut b, "together again").await;
     eventually("nothing was lost", async || log_messages(&client, &a_site.name).await == Some(2)).await;

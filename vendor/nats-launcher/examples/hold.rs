@@ -14,6 +14,7 @@ fn main() {
         args: args.collect(),
         memory_limit_mib: None,
         ready_when: vec![READY],
+        hushed: Vec::new(),
         grace: Duration::from_secs(5),
         backoff: Backoff::default(),
     };

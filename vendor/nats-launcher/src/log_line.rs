@@ -42,14 +42,17 @@ impl<'a> LogLine<'a> {
             })
     }
 
-    /// Into the program's own log.
-    pub(crate) fn relay(&self, server: &str) {
+    /// Into the program's own log; a hushed one no louder than at debug level.
+    pub(crate) fn relay(&self, server: &str, hushed: bool) {
         let text = self.text;
         // The banner is drawn with empty lines.
         if text.is_empty() {
             return;
         }
         match self.level {
+            Level::Info | Level::Warn | Level::Error | Level::Fatal if hushed => {
+                debug!(target: "nats", server, "{text}");
+            }
             Level::Trace => trace!(target: "nats", server, "{text}"),
             Level::Debug => debug!(target: "nats", server, "{text}"),
             Level::Info => info!(target: "nats", server, "{text}"),

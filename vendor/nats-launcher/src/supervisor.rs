@@ -59,6 +59,9 @@ pub struct ServerSpec {
     pub memory_limit_mib: Option<u64>,
     /// It is ready when it has written lines that begin with each of these, in any order: see [`READY`].
     pub ready_when: Vec<&'static str>,
+    /// Lines that begin with one of these are of no interest to an operator: they are told at debug level. `""` is
+    /// every line.
+    pub hushed: Vec<&'static str>,
     /// Time between SIGTERM and SIGKILL.
     pub grace: Duration,
     /// Time between a death and the next start.
@@ -264,6 +267,7 @@ impl Run {
             pid: pid_of(&child),
             name: self.spec.name.clone(),
             awaited: self.spec.ready_when.clone(),
+            hushed: self.spec.hushed.clone(),
             mailbox: self.mailbox.clone(),
         };
         let thread = thread::Builder::new().name("nats-log".to_owned());
@@ -347,6 +351,7 @@ struct Listener {
     name: String,
     /// What it still has to say to be ready.
     awaited: Vec<&'static str>,
+    hushed: Vec<&'static str>,
     mailbox: Sender<Message>,
 }
 
@@ -367,7 +372,8 @@ impl Listener {
     }
 
     fn take_in(&mut self, line: &LogLine<'_>, words: &mut LastWords) {
-        line.relay(&self.name);
+        let hushed = self.hushed.iter().any(|beginning| line.text.starts_with(beginning));
+        line.relay(&self.name, hushed);
         if matches!(line.level, Level::Error | Level::Fatal) {
             words.port_taken = line.port_taken().or(words.port_taken.take());
             words.message = Some(line.text.to_owned());

@@ -23,6 +23,7 @@ fn start(dir: &Path, port: u16, backoff: Backoff) -> (Supervisor, Receiver<Serve
         args: ["-a", "127.0.0.1", "-p", &port.to_string()].map(Into::into).to_vec(),
         memory_limit_mib: Some(64),
         ready_when: vec![READY],
+        hushed: Vec::new(),
         grace: Duration::from_secs(5),
         backoff,
     };
@@ -126,6 +127,7 @@ fn what_cannot_be_started_is_told_and_can_be_stopped() {
         args: Vec::new(),
         memory_limit_mib: None,
         ready_when: vec![READY],
+        hushed: Vec::new(),
         grace: Duration::from_secs(1),
         backoff: Backoff { first: Duration::from_secs(3600), ..Backoff::default() },
     };
