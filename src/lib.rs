@@ -6,3 +6,4 @@ pub mod core;
 pub mod fabric;
 pub mod replica;
 pub mod sqlite;
+pub mod status;

@@ -50,7 +50,7 @@ pub enum Command {
     ///
     /// A file that does not exist yet is copied from a peer that has a database of that name. Without any database
     /// the node carries messages only.
-    Up(UpArgs),
+    Up(Box<UpArgs>),
 
     /// Print the token that lets another node join.
     ///
