@@ -2,4 +2,5 @@
 //! stderr.
 
 pub mod args;
+pub mod check;
 pub mod complete;
