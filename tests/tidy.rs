@@ -145,7 +145,7 @@ fn modules_do_not_name_what_is_foreign_to_them() {
         let hits = |name: &&'static str| {
             words(&code, name).map(|at| (line_of(&code, at), format!("names {name}"))).collect::<Vec<_>>()
         };
-        if source.is_program() { names.flat_map(|n| hits(&n)).collect() } else { Vec::new() }
+        if source.is_program() { names.flat_map(|n| hits(n)).collect() } else { Vec::new() }
     });
     expect_none("foreign names", found);
 }

@@ -18,6 +18,9 @@ use crate::core::sqltext::{ident, list};
 use crate::sqlite::introspect::{self, AppTrigger, Schema};
 use crate::sqlite::{OpenError, open_read_only};
 
+/// The width of a finding's text without its indentation.
+const TEXT_WIDTH: usize = 76;
+
 /// Why a file could not be checked. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
 pub enum CheckError {
@@ -106,13 +109,30 @@ fn write_text(report: &Report, out: &mut dyn Write) -> io::Result<()> {
             writeln!(out, "\n{title}")?;
             group = Some(&f.table);
         }
-        writeln!(out, "  {} [{}] {}", f.severity.as_str(), f.code, clean(&f.what))?;
-        writeln!(out, "    litemesh: {}", clean(&f.what_litemesh_does))?;
-        writeln!(out, "    advice:   {}", clean(&f.advice))?;
+        writeln!(out, "  {} [{}]", f.severity.as_str(), f.code)?;
+        for (label, text) in [("", &f.what), ("litemesh: ", &f.what_litemesh_does), ("advice: ", &f.advice)] {
+            write_wrapped(&format!("{label}{}", clean(text)), out)?;
+        }
     }
     let number = |s: Severity| report.findings.iter().filter(|f| f.severity == s).count();
     let (errors, warnings) = (number(Severity::Error), number(Severity::Warning));
     writeln!(out, "\n{errors} errors, {warnings} warnings, {} to know", number(Severity::Info))
+}
+
+/// Writes a text in lines that a terminal need not break, indented.
+fn write_wrapped(text: &str, out: &mut dyn Write) -> io::Result<()> {
+    let mut line = String::new();
+    for word in text.split(' ') {
+        if !line.is_empty() && line.chars().count() + word.chars().count() >= TEXT_WIDTH {
+            writeln!(out, "    {line}")?;
+            line.clear();
+        }
+        if !line.is_empty() {
+            line.push(' ');
+        }
+        line.push_str(word);
+    }
+    writeln!(out, "    {line}")
 }
 
 /// The text without control characters: names come from the file.

@@ -54,7 +54,7 @@ fn a_key_that_may_be_null() {
     assert_eq!(one(ddl, "nullable-key").severity, Severity::Info);
     let with_row = format!("{ddl}; INSERT INTO t VALUES(NULL, 1)");
     assert_eq!(one(&with_row, "nullable-key").severity, Severity::Warning);
-    assert!(one("CREATE TABLE t(a NOT NULL, b, PRIMARY KEY(a, b))", "nullable-key").what.contains("(b)"));
+    assert!(one("CREATE TABLE t(a NOT NULL, b, PRIMARY KEY(a, b))", "nullable-key").what.contains("(\"b\")"));
     assert!(found(SOUND, "nullable-key").is_empty());
 }
 
@@ -71,12 +71,12 @@ fn other_unique_columns() {
     let table = |rest: &str| format!("CREATE TABLE t(id TEXT NOT NULL PRIMARY KEY, {rest}");
     let f = one(&table("a UNIQUE, b)"), "unique");
     assert_eq!(f.severity, Severity::Info);
-    assert!(f.what_litemesh_does.contains("a becomes NULL"), "{f:?}");
+    assert!(f.what_litemesh_does.contains("\"a\" becomes NULL"), "{f:?}");
     let f = one(&table("a NOT NULL UNIQUE, b)"), "unique");
     assert_eq!(f.severity, Severity::Warning);
     assert!(f.what_litemesh_does.contains("deleted"), "{f:?}");
     let f = one(&table("a NOT NULL, b, UNIQUE(a, b))"), "unique");
-    assert!(f.what_litemesh_does.contains("b becomes NULL") && f.what.contains("a, b"), "{f:?}");
+    assert!(f.what_litemesh_does.contains("\"b\" becomes NULL") && f.what.contains("\"a\", \"b\""), "{f:?}");
 }
 
 #[test]
@@ -94,8 +94,8 @@ fn foreign_keys_are_named() {
         CREATE TABLE c(id TEXT NOT NULL PRIMARY KEY, p REFERENCES p, a, b, FOREIGN KEY(a, b) REFERENCES q)";
     let mut all = found(ddl, "foreign-key");
     all.sort_by(|x, y| x.what.cmp(&y.what));
-    assert_eq!(all[0].what, "a, b refers to q");
-    assert_eq!(all[1].what, "p refers to p");
+    assert_eq!(all[0].what, "\"a\", \"b\" refers to \"q\"");
+    assert_eq!(all[1].what, "\"p\" refers to \"p\"");
     assert!(all[1].advice.contains("assigned by SQLite") && !all[0].advice.contains("assigned"));
 }
 
@@ -153,7 +153,7 @@ fn what_only_the_application_has() {
 
 #[test]
 fn keys_that_are_real() {
-    assert!(one("CREATE TABLE t(x REAL NOT NULL PRIMARY KEY)", "real-key").what.contains("(x)"));
+    assert!(one("CREATE TABLE t(x REAL NOT NULL PRIMARY KEY)", "real-key").what.contains("(\"x\")"));
 }
 
 #[test]
@@ -192,8 +192,9 @@ fn the_command_writes_text_or_json_and_leaves_the_file_alone() {
         String::from_utf8(out).unwrap()
     };
     let text = run_with(false);
-    assert!(text.contains("\nthe file\n") && text.contains("\n  warning [auto-key] "), "{text}");
+    assert!(text.contains("\nthe file\n") && text.contains("\n  warning [auto-key]\n"), "{text}");
     assert!(text.ends_with("0 errors, 2 warnings, 1 to know\n") && !text.contains('\u{1b}'), "{text}");
+    assert!(text.lines().all(|l| l.chars().count() <= 80), "{text}");
     let json: serde_json::Value = serde_json::from_str(&run_with(true)).unwrap();
     assert_eq!(json["findings"][1]["code"], "auto-key");
     assert_eq!(json["findings"][1]["severity"], "warning");

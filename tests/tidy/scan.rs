@@ -225,8 +225,7 @@ mod scanning {
     #[test]
     fn long_functions_are_seen() {
         let code = "fn a(x: [u8; 2]) -> u8 {\n\n}\ntrait T { fn b(); }\ntype F = fn(u8) -> u8;\nfn c() {}";
-        let found: Vec<_> = functions(code).into_iter().map(|(line, name, n)| (line, name, n)).collect();
-        assert_eq!(found, [(1, "a".into(), 3), (4, "b".into(), 1), (6, "c".into(), 1)]);
+        assert_eq!(functions(code), [(1, "a".into(), 3), (4, "b".into(), 1), (6, "c".into(), 1)]);
     }
 
     #[test]

@@ -199,7 +199,7 @@ fn key(facts: &Facts, table: &Table) -> Vec<Finding> {
         KeyKind::Declared => {}
     }
     let names = |keep: &dyn Fn(&KeyColumn) -> bool| {
-        table.key.iter().filter(|k| keep(k)).map(|k| k.name.as_str()).collect::<Vec<_>>().join(", ")
+        table.key.iter().filter(|k| keep(k)).map(|k| format!("\"{}\"", k.name)).collect::<Vec<_>>().join(", ")
     };
     let nullable = names(&|k| k.nullable);
     if !nullable.is_empty() {
@@ -237,7 +237,7 @@ fn auto_key(table: &Table) -> Finding {
     let key = table.key.first().map_or("", |k| k.name.as_str());
     let how = if table.autoincrement { "AUTOINCREMENT counts on each node for itself" } else { "max + 1" };
     finding(&table.name, "auto-key", Severity::Warning, [
-        format!("its key {key} is an INTEGER PRIMARY KEY, which SQLite assigns when an insert leaves it out ({how})"),
+        format!("its key \"{key}\" is an INTEGER PRIMARY KEY, which SQLite assigns when an insert leaves it out ({how})"),
         "Two nodes that insert at once may get the same id: the insert with the later birth wins whole, and the \
          other row is kept as a conflict. Rows equal in all columns are one row."
             .into(),
@@ -271,7 +271,7 @@ fn unique(table: &Table, index: &UniqueIndex) -> Finding {
         None => String::new(),
     };
     let terms = match &index.columns {
-        Some(columns) => columns.join(", "),
+        Some(columns) => quoted(columns),
         None => index.terms.join(", "),
     };
     let what = format!("{terms} must be unique{partial}");
@@ -295,7 +295,7 @@ fn unique(table: &Table, index: &UniqueIndex) -> Finding {
     let (severity, effect, advice) = match columns.iter().find(may_be_null) {
         Some(column) => (
             Severity::Info,
-            format!("in the other {column} becomes NULL"),
+            format!("in the other \"{column}\" becomes NULL"),
             "Programs must bear with NULL there. If that cannot be, make it the primary key.",
         ),
         None => (
@@ -312,17 +312,22 @@ fn foreign_key(facts: &Facts, key: &ForeignKey) -> Finding {
     let parent = facts.tables.iter().find(|t| t.name.eq_ignore_ascii_case(&key.parent));
     let advice = match parent.map(|t| t.key_kind) {
         Some(KeyKind::Integer | KeyKind::Rowid) => format!(
-            "Ids of {} are assigned by SQLite: if two nodes assign the same one, the children of the row that \
+            "Ids of \"{}\" are assigned by SQLite: if two nodes assign the same one, the children of the row that \
              lost belong to the other. Random keys avoid it.",
             key.parent
         ),
         _ => "Programs that read should bear with a parent that is missing.".to_owned(),
     };
     finding(&key.table, "foreign-key", Severity::Info, [
-        format!("{} refers to {}", key.columns.join(", "), key.parent),
+        format!("{} refers to \"{}\"", quoted(&key.columns), key.parent),
         "Foreign keys are enforced where a write is made, not again when it arrives: a parent deleted on one node \
          while another adds a child leaves the child without it."
             .into(),
         advice,
     ])
+}
+
+/// Names in a sentence.
+fn quoted(names: &[String]) -> String {
+    names.iter().map(|n| format!("\"{n}\"")).collect::<Vec<_>>().join(", ")
 }

@@ -63,7 +63,7 @@ fn trigger(facts: &Facts, t: &TriggerFacts) -> Finding {
         TriggerWrites::Tables(tables) => tables,
         TriggerWrites::Unknown(why) => {
             return finding(&t.table, "trigger-unknown", Severity::Warning, [
-                format!("trigger {name} cannot be examined: {why}"),
+                format!("trigger \"{name}\" cannot be examined: {why}"),
                 "It runs only where the write was made. What it writes to replicated tables arrives as rows.".into(),
                 "If it keeps a virtual table right, take out the function or module that only the application has."
                     .into(),
@@ -74,14 +74,14 @@ fn trigger(facts: &Facts, t: &TriggerFacts) -> Finding {
     let on_table = facts.is_replicated(&t.table);
     match kind(facts, tables) {
         Kind::Everywhere if on_table => finding(&t.table, "trigger-everywhere", Severity::Info, [
-            format!("trigger {name} writes only what is not replicated ({written})"),
+            format!("trigger \"{name}\" writes only what is not replicated ({written})"),
             "It runs on every node, for rows that arrive as for those written there.".into(),
             "Nothing to do.".into(),
         ]),
         Kind::Origin => finding(&t.table, "trigger-origin", Severity::Info, [
             match written.is_empty() {
-                true => format!("trigger {name} writes nothing: it checks"),
-                false => format!("trigger {name} writes replicated tables ({written})"),
+                true => format!("trigger \"{name}\" writes nothing: it checks"),
+                false => format!("trigger \"{name}\" writes replicated tables ({written})"),
             },
             "It runs only where the write was made; its effects arrive as rows.".into(),
             "Sums and counters that it keeps by column = column + 1 lose one of two updates made at once; compute \
@@ -89,7 +89,7 @@ fn trigger(facts: &Facts, t: &TriggerFacts) -> Finding {
                 .into(),
         ]),
         Kind::Everywhere | Kind::Mixed => finding(&t.table, "trigger-mixed", Severity::Warning, [
-            format!("trigger {name} writes what is not replicated ({written}) and more, or is on no replicated table"),
+            format!("trigger \"{name}\" writes what is not replicated ({written}) and more, or is on no replicated table"),
             "It runs only where the write was made; what it does to unreplicated tables does not happen elsewhere."
                 .into(),
             "Split it: one trigger on an ordinary table that writes only unreplicated tables, one for the rest."
