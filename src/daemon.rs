@@ -33,6 +33,7 @@ use crate::fabric::link::Outgoing;
 use crate::fabric::{Fabric, FabricError, FabricOptions, JoinToken, StateDir};
 use crate::replica::adopt;
 use crate::sqlite;
+use crate::status::http;
 
 /// Messages that may wait for our own nats-server: of at most half a MiB each, and workers wait when it is full.
 const OUTGOING: usize = 64;
@@ -59,7 +60,7 @@ pub async fn run(config: Config, started: impl FnOnce(&Started)) -> Result<()> {
     let listener = TcpListener::bind(config.http).await.with_context(|| {
         format!("{} is taken by another process: stop it, or choose another port with --http", config.http)
     })?;
-    let http = listener.local_addr()?;
+    let page = listener.local_addr()?;
     let options = fabric_options(&config)?;
     let joins = options.join.is_some();
     let (fabric, incoming) = Fabric::start(options).await?;
@@ -71,10 +72,10 @@ pub async fn run(config: Config, started: impl FnOnce(&Started)) -> Result<()> {
     let sending = tokio::spawn(send_all(fabric.clone(), to_send));
     tasks.spawn(router.clone().run(incoming));
     tasks.spawn(router.clone().keep_saying_hello());
-    let observer = Observer::new(&config, state.dir(), http, fabric.clone(), router.clone());
+    let observer = Observer::new(&config, state.dir(), fabric.clone(), router.clone());
     tasks.spawn(observer.clone().run());
     let (detach, detaching) = mpsc::channel(4);
-    let contact = Contact::publish(state.dir(), http)?;
+    let contact = Contact::publish(state.dir(), page)?;
     let tokens = fabric.clone();
     let control = Control {
         router: router.clone(),
@@ -82,7 +83,7 @@ pub async fn run(config: Config, started: impl FnOnce(&Started)) -> Result<()> {
         detach,
         secret: contact.secret.into(),
     };
-    let routes = crate::status::http::router(observer.handle()).merge(control::routes(control));
+    let routes = http::router(observer.handle()).merge(http::guard(control::routes(control)));
     tasks.spawn(async move {
         if let Err(e) = axum::serve(listener, routes).await {
             warn!("the status page has ended: {e}");
@@ -100,7 +101,7 @@ pub async fn run(config: Config, started: impl FnOnce(&Started)) -> Result<()> {
     };
     let result = serve(&starter, found, &observer, detaching, || {
         let databases = config.databases.iter().map(|d| (d.name.clone(), d.path.clone())).collect();
-        started(&Started { node: config.name.to_string(), token: token.reveal(), http, databases });
+        started(&Started { node: config.name.to_string(), token: token.reveal(), http: page, databases });
     })
     .await;
     drop(starter);

@@ -25,13 +25,18 @@ Examples:
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 78 wrong configuration.";
 
+const SOURCES: &str = "\
+Every option may also be given in the environment (LITEMESH_NAME, LITEMESH_STATE_DIR, ..., LITEMESH_DATABASES; lists \
+are separated by commas) or in the configuration file (name = \"n1\", databases = [\"app.db\"]). A flag goes over the \
+environment, that over the file, that over the default. Relative paths in the file start from its directory.";
+
 /// Keeps SQLite files the same on every host.
 ///
 /// One `litemesh up` a host starts a bundled nats-server, joins it with those of the other hosts into one cluster, and
 /// keeps the SQLite files you name the same everywhere. Programs go on opening their local file with plain SQLite;
 /// every host can write, and nobody waits for a network.
 #[derive(Debug, Parser)]
-#[command(name = "litemesh", version, styles = STYLES, after_help = EXAMPLES, arg_required_else_help = true)]
+#[command(name = "litemesh", version, styles = STYLES, after_help = EXAMPLES, arg_required_else_help = true, max_term_width = 100)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -50,7 +55,8 @@ pub enum Command {
     ///
     /// A file that does not exist yet is copied from a peer that has a database of that name. Without any database
     /// the node carries messages only.
-    Up(UpArgs),
+    #[command(after_long_help = SOURCES)]
+    Up(Box<UpArgs>),
 
     /// Print the token that lets another node join.
     ///

@@ -42,13 +42,19 @@ pub fn status(args: &StatusArgs) -> Result<ExitCode> {
         if args.json {
             println!("{}", serde_json::to_string_pretty(&status)?);
         } else {
-            print!("{}", table::render(&status));
+            print!("{}", table::render(&status, terminal_width()));
         }
         if !args.watch {
             return Ok(if status.ready { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
         std::thread::sleep(Duration::from_secs(1));
     }
+}
+
+/// The terminal's width in columns; 100 where there is none.
+fn terminal_width() -> u16 {
+    let size = rustix::termios::tcgetwinsize(std::io::stdout());
+    size.ok().map(|s| s.ws_col).filter(|columns| *columns > 0).unwrap_or(100)
 }
 
 /// `litemesh sync`.

@@ -14,7 +14,10 @@ pub fn run(cli: &Cli) -> ExitCode {
         Command::Token(args) => node::token(args),
         Command::Status(args) => node::status(args),
         Command::Sync(args) => node::sync(args),
-        Command::Check(args) => check::run(args),
+        Command::Check(args) => {
+            let checked = check::run(args, &mut std::io::stdout());
+            checked.map(ExitCode::from).map_err(Into::into)
+        }
         Command::Conflicts(ConflictsCommand::List(args)) => conflicts::list(args),
         Command::Detach(args) => node::detach(args),
         Command::Demo(args) => demo::run(args),

@@ -9,6 +9,7 @@ use tracing_subscriber::EnvFilter;
 use super::args::UpArgs;
 use super::check;
 use crate::config::{self, Config, Surroundings};
+use crate::core::lint::Severity;
 use crate::daemon::{self, Started};
 
 /// Runs the node until a signal ends it.
@@ -23,13 +24,14 @@ pub fn run(args: &UpArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// What `check` would warn of, for files that are there.
+/// What `check` warns of, for files that are there.
 fn warn_of_schemas(config: &Config) {
     for database in config.databases.iter().filter(|d| d.path.exists()) {
         // A file that cannot be read is refused later, with the reason.
-        let Ok(warnings) = check::warnings(&database.path) else { continue };
-        for warning in warnings {
-            tracing::warn!(db = %database.name, "{warning}");
+        let Ok(report) = check::examine(&database.path) else { continue };
+        for finding in report.findings.iter().filter(|f| f.severity != Severity::Info) {
+            let table = finding.table.as_deref().unwrap_or_default();
+            tracing::warn!(db = %database.name, table, "{}: {}", finding.what, finding.what_litemesh_does);
         }
     }
 }

@@ -20,11 +20,13 @@ pub enum ConfigError {
         source: std::io::Error,
     },
     /// The file is no TOML, or a value is of another type.
-    #[error("the configuration file {path} is wrong:\n{message}")]
+    #[error("the configuration file {path}, line {line}: {message}")]
     Syntax {
         /// The file.
         path: PathBuf,
-        /// What and where, over several lines.
+        /// Where, counted from 1.
+        line: usize,
+        /// What is wrong there.
         message: String,
     },
     /// A key that means nothing.

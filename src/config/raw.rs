@@ -81,8 +81,12 @@ impl Raw {
     pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
         let text = std::fs::read_to_string(path)
             .map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
-        let wrong =
-            |e: toml::de::Error| ConfigError::Syntax { path: path.to_owned(), message: e.to_string() };
+        let wrong = |e: toml::de::Error| ConfigError::Syntax {
+            path: path.to_owned(),
+            line: e.span().map_or(0, |s| 1 + text[..s.start.min(text.len())].matches('\n').count()),
+            // Not the error's own text, which would show the line: there may be a token in it.
+            message: e.message().to_owned(),
+        };
         let table: toml::Table = toml::from_str(&text).map_err(wrong)?;
         for key in table.keys() {
             if !KEYS.contains(&key.as_str()) {

@@ -77,10 +77,14 @@ fn an_unknown_key_is_named_with_the_nearest_known_one() {
 #[test]
 fn a_file_that_is_wrong_is_named_with_the_place() {
     let dir = tempfile::tempdir().unwrap();
-    for text in ["name = ", "databases = 'app.db'", "join = 'a'\njoin_file = 'b'"] {
+    for (text, place) in [
+        ("name = 'a'\njoin = lm1-secret", "c.toml, line 2"),
+        ("databases = 'app.db'", "c.toml, line 1"),
+        ("join = 'lm1-secret'\njoin_file = 'b'", "c.toml gives both"),
+    ] {
         let file = write(dir.path(), "c.toml", text);
-        let error = load(Raw::default(), Some(&file), &around(&[])).unwrap_err();
-        assert!(error.to_string().contains("c.toml"), "{error}");
+        let error = load(Raw::default(), Some(&file), &around(&[])).unwrap_err().to_string();
+        assert!(error.contains(place) && !error.contains("secret"), "{error}");
     }
     let missing = dir.path().join("none.toml");
     assert!(matches!(

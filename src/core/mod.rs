@@ -2,6 +2,7 @@
 
 pub mod capture;
 pub mod frame;
+pub mod lint;
 pub mod merge;
 pub mod message;
 pub mod names;

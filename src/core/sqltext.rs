@@ -185,7 +185,8 @@ pub fn trigger_body(sql: &str) -> Option<&str> {
     while !next()?.0.is_keyword("TRIGGER") {}
     let (mut name, mut end) = next()?;
     if name.is_keyword("IF") {
-        (next()?, next()?);
+        next()?;
+        next()?;
         (name, end) = next()?;
     }
     debug_assert_eq!(name.kind, Kind::Word);

@@ -2,7 +2,6 @@
 //! and holds up none of them.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -44,25 +43,18 @@ struct Inner {
 
 impl Observer {
     /// An observer of a node that is starting.
-    pub fn new(
-        config: &Config,
-        state_dir: &Path,
-        http: SocketAddr,
-        fabric: Arc<Fabric>,
-        router: Arc<Router>,
-    ) -> Self {
+    pub fn new(config: &Config, state_dir: &Path, fabric: Arc<Fabric>, router: Arc<Router>) -> Self {
         let base = Status {
             node: config.name.to_string(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
             state_dir: state_dir.display().to_string(),
-            http: http.to_string(),
             started_at: OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default(),
             fabric: FabricStatus { cluster_listen: config.cluster.to_string(), ..FabricStatus::default() },
             ..Status::default()
         };
         let inner = Inner {
-            handle: StatusHandle::new(),
+            handle: StatusHandle::new(base.clone()),
             fabric,
             router,
             reports: Reports::default(),
@@ -143,9 +135,9 @@ impl Observer {
             .map(|(name, peer)| PeerStatus {
                 node: name.to_string(),
                 live: peer.is_live(now_ms),
-                last_heard_s: now_ms.saturating_sub(peer.heard_ms) as f64 / 1_000.0,
-                clock_offset_ms: peer.clock_offset_ms,
-                version: peer.hello.version.clone(),
+                last_heard_s: Some(now_ms.saturating_sub(peer.heard_ms) as f64 / 1_000.0),
+                clock_offset_ms: Some(peer.clock_offset_ms as f64),
+                version: Some(peer.hello.version.clone()),
                 databases: peer.hello.dbs.iter().map(ToString::to_string).collect(),
             })
             .collect();
@@ -216,7 +208,7 @@ fn describe(
             behind_commits: behind,
             missing_commits: missing,
             caught_up: behind == 0 && missing == 0,
-            last_heard_s: now_ms.saturating_sub(peer.heard_ms) as f64 / 1_000.0,
+            last_heard_s: Some(now_ms.saturating_sub(peer.heard_ms) as f64 / 1_000.0),
         }
     });
     DatabaseStatus {

@@ -232,7 +232,7 @@ mod tests {
     #[test]
     fn a_days_milliseconds_are_exact() {
         assert_eq!(julian_ms(2_440_587.5), Some(0));
-        assert_eq!(julian_ms(2_461_367.126_417_88), Some(1_795_273_322_505));
+        assert_eq!(julian_ms(2_461_367.126_417_88), Some(1_795_359_722_505));
         assert_eq!(julian_ms(f64::NAN), None);
         assert_eq!(julian_ms(-5.0), None);
     }

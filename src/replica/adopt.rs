@@ -2,15 +2,15 @@
 //! without a trace. Invariant: nothing of the application's is touched.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rusqlite::config::DbConfig;
 use rusqlite::hooks::{AuthAction, AuthContext, Authorization};
 use rusqlite::{Connection, OptionalExtension};
 
+use super::Result;
 use super::plan::Plan;
 use super::store::Store;
-use super::{ReplicaError, Result};
 use crate::core::capture::{
     FILE_FORMAT, OP_DELETE, OP_INSERT, PREFIX, TABLES, create_state_table, state_table, triggers,
 };
@@ -73,7 +73,7 @@ pub(super) fn refresh(store: &mut Store) -> Result<()> {
             remove_triggers(&store.conn, &table.name)?;
             continue;
         }
-        if let Some(why) = unfit(&store.conn, &table) {
+        if let Some(why) = unfit(&store.conn, &table)? {
             store.notes.push(format!("table {:?} is not replicated: {why}", table.name));
             continue;
         }
@@ -114,14 +114,12 @@ fn remove_triggers(conn: &Connection, table: &str) -> Result<()> {
     Ok(())
 }
 
-/// Why a table cannot be replicated at all.
-fn unfit(conn: &Connection, table: &Table) -> Option<String> {
-    let known: BTreeSet<String> = conn
-        .prepare("SELECT upper(name) FROM pragma_collation_list")
-        .and_then(|mut s| s.query_map([], |r| r.get(0))?.collect())
-        .unwrap_or_default();
-    let unknown = table.key.iter().find(|k| !known.contains(&k.collation.to_uppercase()))?;
-    Some(format!("its key uses the collation {}, which only the application has", unknown.collation))
+/// Why a table cannot be replicated at all: without the application's collations its indexes cannot be written.
+fn unfit(conn: &Connection, table: &Table) -> rusqlite::Result<Option<String>> {
+    let sql = "SELECT DISTINCT x.coll FROM pragma_index_list(?1) AS l, pragma_index_xinfo(l.name) AS x
+               WHERE x.key = 1 AND upper(x.coll) NOT IN ('BINARY', 'NOCASE', 'RTRIM')";
+    let unknown: Option<String> = conn.query_row(sql, [&table.name], |r| r.get(0)).optional()?;
+    Ok(unknown.map(|c| format!("an index of it uses the collation {c}, which only the application has")))
 }
 
 /// Gives the table and its columns their numbers; returns whether the table had one.
@@ -216,8 +214,9 @@ fn log_difference(conn: &Connection, table: &Table) -> Result<()> {
 
 /// What each trigger of the application writes: trigger -> tables.
 fn trigger_writes(conn: &Connection, schema: &Schema) -> Result<BTreeMap<String, BTreeSet<String>>> {
-    let seen: Arc<Mutex<BTreeMap<String, BTreeSet<String>>>> = Arc::default();
-    let sink = Arc::clone(&seen);
+    let sink: Arc<Mutex<BTreeMap<String, BTreeSet<String>>>> = Arc::default();
+    let seen = Arc::clone(&sink);
+    let mut writes: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     conn.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_TRIGGER, true)?;
     conn.authorizer(Some(move |ctx: AuthContext<'_>| {
         let table = match ctx.action {
@@ -225,7 +224,7 @@ fn trigger_writes(conn: &Connection, schema: &Schema) -> Result<BTreeMap<String,
             AuthAction::Update { table_name, .. } => Some(table_name),
             _ => None,
         };
-        if let (Some(table), Some(trigger), Ok(mut seen)) = (table, ctx.accessor, sink.lock()) {
+        if let (Some(table), Some(trigger), Ok(mut seen)) = (table, ctx.accessor, seen.lock()) {
             seen.entry(trigger.to_owned()).or_default().insert(table.to_lowercase());
         }
         Authorization::Allow
@@ -240,14 +239,20 @@ fn trigger_writes(conn: &Connection, schema: &Schema) -> Result<BTreeMap<String,
             format!("UPDATE {name} SET {set}"),
             format!("DELETE FROM {name}"),
         ];
-        // A trigger that needs a function or module only the application has cannot be compiled here: it is not
-        // run here either, which the caller notes.
-        texts.iter().for_each(|sql| drop(conn.prepare(sql)));
+        for sql in &texts {
+            sink.lock().unwrap_or_else(PoisonError::into_inner).clear();
+            // A trigger that needs a function or module only the application has cannot be compiled here, nor run.
+            if conn.prepare(sql).is_ok() {
+                let seen = sink.lock().unwrap_or_else(PoisonError::into_inner);
+                for (trigger, tables) in seen.iter() {
+                    writes.entry(trigger.clone()).or_default().extend(tables.iter().cloned());
+                }
+            }
+        }
     }
     conn.authorizer(None::<fn(AuthContext<'_>) -> Authorization>);
     conn.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_TRIGGER, false)?;
-    let seen = seen.lock().map_err(|_| ReplicaError::Unfit("the authorizer failed".to_owned()))?.clone();
-    Ok(seen)
+    Ok(writes)
 }
 
 /// Triggers that only keep unreplicated tables (full-text indexes) up to date run on every node, as TEMP triggers of

@@ -68,22 +68,17 @@ pub fn losses(
         let winner = winner.state.birth;
         return vec![Loss { kind: Kind::Row, values: loser.values.clone(), loser: version, winner }];
     }
-    let (lost_to_death, seen): (Option<(&Row, &Row)>, &dyn Fn(Version) -> bool) =
-        match (ours.state.dead, theirs.state.dead) {
-            (Some(_), Some(_)) => return Vec::new(),
-            (Some(_), None) => (Some((theirs, ours)), we_saw),
-            (None, Some(_)) => (Some((ours, theirs)), they_saw),
-            (None, None) => (None, we_saw),
-        };
-    if let Some((loser, winner)) = lost_to_death {
-        let version = newest(loser);
-        if version == loser.state.birth || seen(version) {
-            return Vec::new();
-        }
-        let winner = winner.state.dead.unwrap_or(winner.state.birth);
-        return vec![Loss { kind: Kind::Delete, values: loser.values.clone(), loser: version, winner }];
+    let (loser, dead, seen) = match (ours.state.dead, theirs.state.dead) {
+        (Some(_), Some(_)) => return Vec::new(),
+        (None, None) => return column_losses(ours, theirs, they_saw, we_saw),
+        (Some(dead), None) => (theirs, dead, we_saw),
+        (None, Some(dead)) => (ours, dead, they_saw),
+    };
+    let version = newest(loser);
+    if version == loser.state.birth || seen(version) {
+        return Vec::new();
     }
-    column_losses(ours, theirs, they_saw, we_saw)
+    vec![Loss { kind: Kind::Delete, values: loser.values.clone(), loser: version, winner: dead }]
 }
 
 fn column_losses(

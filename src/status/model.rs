@@ -1,0 +1,245 @@
+//! The JSON of `/api/status`, which `litemesh status --json` prints. Invariant: a public contract: fields are added,
+//! never renamed, removed or given another meaning; a reader that knows fewer fields still understands the rest.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+/// The state of a node.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// The node's name.
+    pub node: String,
+    /// The version of litemesh.
+    pub version: String,
+    /// The process.
+    pub pid: u32,
+    /// The state directory.
+    pub state_dir: String,
+    /// When the process started, RFC 3339 in UTC.
+    pub started_at: String,
+    /// How long ago that was.
+    pub uptime_s: u64,
+    /// Whether databases are writable here and the first synchronisation is done. Peers that are down do not change
+    /// it.
+    pub ready: bool,
+    /// Why not, in whole sentences; empty when ready.
+    pub not_ready_because: Vec<String>,
+    /// What somebody should look at, in whole sentences.
+    pub warnings: Vec<String>,
+    /// The bundled NATS server.
+    pub fabric: FabricStatus,
+    /// The other nodes, by name.
+    pub peers: Vec<PeerStatus>,
+    /// The replicated files, by name.
+    pub databases: Vec<DatabaseStatus>,
+}
+
+/// The state of the node's NATS server.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct FabricStatus {
+    /// Whether litemesh has a connection to it.
+    pub connected: bool,
+    /// The server's version.
+    pub server_version: String,
+    /// The server's process, while it runs.
+    pub server_pid: Option<u32>,
+    /// How often it was started again since this process started.
+    pub server_restarts: u64,
+    /// Where the host's programs reach NATS.
+    pub client_url: String,
+    /// Where it listens for peers.
+    pub cluster_listen: String,
+    /// The nodes whose servers it is connected with.
+    pub routes: Vec<String>,
+    /// Commits that the log has acknowledged since this process started.
+    pub log_acked: u64,
+    /// Commits published that the log has not acknowledged yet.
+    pub log_unacked: u64,
+}
+
+/// Another node.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct PeerStatus {
+    /// Its name.
+    pub node: String,
+    /// Whether it was heard of lately.
+    pub live: bool,
+    /// Seconds since it was last heard of; absent if it never was by this process.
+    pub last_heard_s: Option<f64>,
+    /// Its clock minus ours, in milliseconds.
+    pub clock_offset_ms: Option<f64>,
+    /// Its version of litemesh.
+    pub version: Option<String>,
+    /// The databases it replicates.
+    pub databases: Vec<String>,
+}
+
+/// How replication of a database stands.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DatabaseState {
+    /// It runs.
+    #[default]
+    Ok,
+    /// The first copy, or a synchronisation with a peer, is under way.
+    Syncing,
+    /// Some feed waits for something, told in `stopped`.
+    Stopped,
+    /// The file cannot be used, told in `stopped`.
+    Error,
+}
+
+impl DatabaseState {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Ok, Self::Syncing, Self::Stopped, Self::Error];
+
+    /// The word used in JSON, metrics and tables.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Syncing => "syncing",
+            Self::Stopped => "stopped",
+            Self::Error => "error",
+        }
+    }
+}
+
+/// A replicated file. Counters count since this process started.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct DatabaseStatus {
+    /// Its name.
+    pub name: String,
+    /// Its path on this node.
+    pub path: String,
+    /// This incarnation of the file, in hexadecimal.
+    pub site: String,
+    /// Where the data descends from, in hexadecimal: equal on all nodes of one mesh.
+    pub lineage: String,
+    /// The file's own counter of changed row states.
+    pub lsn: u64,
+    /// How it stands.
+    pub state: DatabaseState,
+    /// What is stopped, why, and what to do about it.
+    pub stopped: Vec<String>,
+    /// Commits of peers that are here but wait for something before they can be applied.
+    pub pending_commits: u64,
+    /// What was applied of every site: site in hexadecimal -> commit number.
+    pub vector: BTreeMap<String, u64>,
+    /// Commits of this node that were published.
+    pub commits_published: u64,
+    /// Rows in them.
+    pub rows_published: u64,
+    /// Commits of peers that were applied.
+    pub commits_applied: u64,
+    /// How often a peer was asked for all that changed there.
+    pub peer_syncs: u64,
+    /// Messages from peers that could not be read.
+    pub messages_refused: u64,
+    /// Lost writes that are kept in the file.
+    pub conflicts: u64,
+    /// Rows that stay on this node because their key is NULL.
+    pub null_key_rows: u64,
+    /// Rows of replication state in the file.
+    pub state_rows: u64,
+    /// How peers stand with this database.
+    pub peers: Vec<DatabasePeer>,
+}
+
+/// How a peer stands with a database.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct DatabasePeer {
+    /// The peer.
+    pub node: String,
+    /// Its incarnation of the file, in hexadecimal.
+    pub site: String,
+    /// How many commits of ours it has not confirmed.
+    pub behind_commits: u64,
+    /// How many commits of its own we lack.
+    pub missing_commits: u64,
+    /// Whether both are none.
+    pub caught_up: bool,
+    /// Seconds since it last told how it stands.
+    pub last_heard_s: Option<f64>,
+}
+
+#[cfg(test)]
+pub(super) fn example() -> Status {
+    let peer = |node: &str, behind, missing| DatabasePeer {
+        node: node.into(),
+        site: "00000000000000b2".into(),
+        behind_commits: behind,
+        missing_commits: missing,
+        caught_up: behind + missing == 0,
+        last_heard_s: Some(0.4),
+    };
+    let database = |name: &str, state, peers| DatabaseStatus {
+        name: name.into(),
+        path: format!("/srv/{name}.db"),
+        site: "00000000000000a1".into(),
+        state,
+        vector: BTreeMap::from([("00000000000000a1".into(), 7)]),
+        commits_published: 1204,
+        conflicts: 3,
+        peers,
+        ..DatabaseStatus::default()
+    };
+    let mut stopped = database("orders", DatabaseState::Stopped, vec![peer("n3", 120, 4)]);
+    stopped.stopped = vec!["table \"invoice\" has no column \"paid\" here: run the same migration".into()];
+    Status {
+        node: "n1".into(),
+        version: "0.1.0".into(),
+        pid: 4711,
+        started_at: "2026-01-02T03:04:05Z".into(),
+        uptime_s: 93_784,
+        not_ready_because: vec!["database orders: the first synchronisation with n3 is not done".into()],
+        warnings: vec!["the clock of n3 is 4.2 s ahead: set it, or its writes win over ours".into()],
+        fabric: FabricStatus {
+            connected: true,
+            server_version: "2.15.1".into(),
+            server_pid: Some(4712),
+            server_restarts: 1,
+            client_url: "nats://127.0.0.1:4222".into(),
+            cluster_listen: "0.0.0.0:6222".into(),
+            routes: vec!["n2".into()],
+            log_acked: 1200,
+            log_unacked: 4,
+        },
+        peers: vec![
+            PeerStatus {
+                node: "n2".into(),
+                live: true,
+                last_heard_s: Some(0.4),
+                clock_offset_ms: Some(-1.25),
+                version: Some("0.1.0".into()),
+                databases: vec!["app".into(), "orders".into()],
+            },
+            PeerStatus { node: "n3".into(), last_heard_s: Some(301.0), ..PeerStatus::default() },
+        ],
+        databases: vec![
+            database("app", DatabaseState::Ok, vec![peer("n2", 0, 0), peer("n3", 120, 0)]),
+            stopped,
+        ],
+        ..Status::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_json_is_the_contract() {
+        let json = serde_json::to_value(example()).unwrap();
+        assert_eq!(json["databases"][1]["state"], "stopped");
+        assert_eq!(json["databases"][0]["peers"][1]["behind_commits"], 120);
+        assert_eq!(json["databases"][0]["vector"]["00000000000000a1"], 7);
+        assert_eq!(json["fabric"]["routes"][0], "n2");
+        assert!(json["peers"][1]["version"].is_null());
+        let back: Status = serde_json::from_value(json).unwrap();
+        assert_eq!(back, example());
+        for state in DatabaseState::ALL {
+            assert_eq!(serde_json::to_value(state).unwrap(), state.as_str());
+        }
+    }
+}
