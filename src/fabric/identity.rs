@@ -55,9 +55,10 @@ impl Identity {
             Members::default()
         };
         let members = match &options.join {
-            Some(token) if known.routes(&own).is_empty() && !token_is_ours(token.addresses(), &own) => {
-                join(token.addresses(), &options.node, &certs, &state).await?
-            }
+            Some(token) if token_is_ours(token.addresses(), &own) => known,
+            Some(token) if stored.is_none() => join(token.addresses(), &options.node, &certs, &state).await?,
+            // It belongs, and has lost the list: what it dials need not be there at this moment.
+            Some(token) if known.routes(&own).is_empty() => Members::from_seeds(token.addresses().to_vec()),
             _ => known,
         };
         if stored.is_none() {

@@ -8,8 +8,10 @@ use std::time::Duration;
 use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::time::{sleep, timeout};
 
 const PATIENCE: Duration = Duration::from_secs(2);
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
 /// A status of hundreds of nodes is far smaller.
 const MAX_ANSWER: u64 = 8 * 1024 * 1024;
 
@@ -60,6 +62,16 @@ pub async fn route_names(monitor: SocketAddr) -> io::Result<Vec<String>> {
     Ok(names)
 }
 
+/// Whether a peer's server connects before the time is over.
+pub async fn peer_within(monitor: SocketAddr, patience: Duration) -> bool {
+    let connected = async {
+        while route_names(monitor).await.unwrap_or_default().is_empty() {
+            sleep(LOOK_AGAIN).await;
+        }
+    };
+    timeout(patience, connected).await.is_ok()
+}
+
 fn list(value: &Value) -> impl Iterator<Item = &Value> {
     value.as_array().into_iter().flatten()
 }
@@ -73,7 +85,7 @@ async fn fetch(monitor: SocketAddr, path: &str) -> io::Result<(u16, Vec<u8>)> {
         stream.take(MAX_ANSWER).read_to_end(&mut answer).await?;
         io::Result::Ok(answer)
     };
-    let answer = tokio::time::timeout(PATIENCE, exchange).await.map_err(|_| io::ErrorKind::TimedOut)??;
+    let answer = timeout(PATIENCE, exchange).await.map_err(|_| io::ErrorKind::TimedOut)??;
     split(&answer).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 

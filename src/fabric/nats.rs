@@ -33,6 +33,8 @@ use crate::core::names::NodeName;
 const SEND_PATIENCE: Duration = Duration::from_secs(1);
 const FLUSH_PATIENCE: Duration = Duration::from_secs(5);
 const CONNECT_PATIENCE: Duration = Duration::from_secs(10);
+/// Servers dial a peer that is away once a second.
+const PEERS_PATIENCE: Duration = Duration::from_secs(3);
 const FIRST_RECONNECT: Duration = Duration::from_millis(20);
 const LAST_RECONNECT: Duration = Duration::from_millis(500);
 /// The largest message that may be sent: the server's limit, less what headers could take.
@@ -108,7 +110,7 @@ impl Fabric {
         tasks.spawn(gate::hold(identity.ports.gate, identity.accounts.gate.clone()));
         server.ready(&identity.ports).await?;
         if !bootstrap::is_done(identity.state.path()) {
-            found(&identity, &binary).await?;
+            found_or_return(&identity, &binary, options.join.is_some()).await?;
         }
         let client = connect(&identity).await?;
         let (server, identity) = (Arc::new(server), Arc::new(identity));
@@ -282,7 +284,16 @@ fn hand_over(to_replica: &mpsc::Sender<Incoming>, drops: &Drops, incoming: Incom
     }
 }
 
-async fn found(identity: &Identity, binary: &std::path::Path) -> Result<(), FabricError> {
+/// A node that is started with its own token may be the first, or the first one that has lost its disk: then its peers
+/// dial it, and there must not be a second cluster.
+async fn found_or_return(
+    identity: &Identity,
+    binary: &std::path::Path,
+    may_have_peers: bool,
+) -> Result<(), FabricError> {
+    if may_have_peers && monitor::peer_within(identity.ports.monitor, PEERS_PATIENCE).await {
+        return bootstrap::mark_done(identity.state.path());
+    }
     bootstrap::found(Founding {
         conf: identity.conf(&[]),
         ports: &identity.ports,

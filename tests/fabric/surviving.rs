@@ -2,6 +2,8 @@
 
 use std::time::Instant;
 
+use litemesh::fabric::JoinToken;
+use litemesh::fabric::keys::MeshKey;
 use serde_json::json;
 
 use crate::support::{Site, api, commit, eventually, last_logged, log_messages, pair, until_heard};
@@ -61,6 +63,31 @@ async fn a_replacement_takes_over_the_name_of_a_dead_node() {
     b.fabric.send(commit(b"new life")).await.expect("sent");
     eventually("its log works", async || b.fabric.server_info().await.log.acked > 0).await;
     println!("replacement: messages {heard:?}, log {:?}", started.elapsed());
+    a.fabric.shutdown().await;
+    b.fabric.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_first_node_that_lost_its_disk_returns_and_founds_nothing() {
+    let (a_site, b_site) = (Site::new("a"), Site::new("b"));
+    // With its own token, as all nodes are started where one line serves for all.
+    let key = MeshKey::generate().expect("randomness");
+    let token = JoinToken::new(key, vec![a_site.cluster.into()]).expect("has an address");
+    let a = a_site.start(Some(token.clone())).await;
+    let mut b = b_site.start(Some(token.clone())).await;
+    until_heard(&a, &mut b, "hello b").await;
+    b.log_exists().await;
+    b.fabric.send(commit(b"b's own")).await.expect("sent");
+    eventually("the log has it", async || b.fabric.server_info().await.log.acked > 0).await;
+    a.kill_9().await;
+
+    let mut new_site = Site::new("a");
+    (new_site.cluster, new_site.client) = (a_site.cluster, a_site.client);
+    let a = new_site.start(Some(token)).await;
+    until_heard(&a, &mut b, "back again").await;
+    a.log_exists().await;
+    let client = b_site.look_inside().await;
+    eventually("b's log is whole", async || log_messages(&client, &b_site.name).await == Some(1)).await;
     a.fabric.shutdown().await;
     b.fabric.shutdown().await;
 }
