@@ -20,7 +20,7 @@ pub const DEFAULT_CLIENT: &str = "127.0.0.1:4222";
 /// Where the status page is by default.
 pub const DEFAULT_HTTP: &str = "127.0.0.1:8222";
 /// What is logged by default.
-pub const DEFAULT_LOG: &str = "info";
+pub const DEFAULT_LOG: &str = "info,nats=warn,async_nats=warn";
 
 /// A SQLite file to replicate.
 #[derive(Debug, Clone, PartialEq, Eq)]
