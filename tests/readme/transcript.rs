@@ -3,7 +3,7 @@
 //! printed its lines. Invariant: commands are run as they stand, but for ports, which README calls arbitrary, and
 //! `TOKEN`, which stands for what the node before has printed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
@@ -30,7 +30,8 @@ fn steps(heading: &str) -> Vec<Step> {
                 !who.starts_with(' ') && who.chars().all(|c| c.is_ascii_lowercase() || c == '-')
             });
             // The demo prints prompts of its own.
-            match prompt.filter(|(who, _)| first || !who.is_empty() && !steps[steps.len() - 1].who.is_empty()) {
+            match prompt.filter(|(who, _)| first || !who.is_empty() && !steps[steps.len() - 1].who.is_empty())
+            {
                 Some((who, command)) => {
                     let (who, command) = (who.to_owned(), command.to_owned());
                     steps.push(Step { who, command, shown: Vec::new() });
@@ -135,7 +136,8 @@ impl Session {
         let http = node.addresses[2].port();
         command.stdout(Stdio::piped()).stderr(Stdio::piped()).stdin(Stdio::null());
         let mut child = command.spawn().unwrap();
-        (node.output, node.log) = (follow(child.stdout.take().unwrap()), follow(child.stderr.take().unwrap()));
+        (node.output, node.log) =
+            (follow(child.stdout.take().unwrap()), follow(child.stderr.take().unwrap()));
         node.process = Some(child);
         node.wait_ready();
         let printed = node.output.lock().unwrap().join("\n");
@@ -215,7 +217,9 @@ fn two_hosts() {
     }
     let (a, b) = (&session.nodes["host-a"], &session.nodes["host-b"]);
     b.exec("app.db", "INSERT INTO t VALUES('from the second')");
-    wait_for("both have both rows", || [a, b].iter().all(|n| crate::support::dump(&n.file("app.db")).len() == 2));
+    wait_for("both have both rows", || {
+        [a, b].iter().all(|n| crate::support::dump(&n.file("app.db")).len() == 2)
+    });
     the_state_directory_is_as_described(&b.state_dir());
     the_pages_are_as_described(b.addresses[2]);
 }
@@ -223,21 +227,28 @@ fn two_hosts() {
 /// Every file of a node that has joined is in README's table, and every file of the table is there.
 fn the_state_directory_is_as_described(dir: &Path) {
     let rows = table(&["file", "what it is"]);
-    let shown: std::collections::BTreeSet<String> =
+    let shown: BTreeSet<String> =
         rows.iter().flat_map(|r| code_spans(&r[0])).map(|f| f.trim_end_matches('/').to_owned()).collect();
-    let found = std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
-    assert_eq!(found.collect::<std::collections::BTreeSet<_>>(), shown);
+    let found = || -> BTreeSet<String> {
+        let entries = std::fs::read_dir(dir).unwrap();
+        entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect()
+    };
+    // A file may be on its way into the directory.
+    wait_for(&format!("{:?} to be {shown:?}", found()), || found() == shown);
 }
 
 fn the_pages_are_as_described(http: SocketAddr) {
     for row in table(&["path", "what it answers"]) {
         let path = row[0].trim_matches('`');
-        let mut stream = TcpStream::connect(http).unwrap();
-        write!(stream, "GET {path} HTTP/1.1\r\nHost: {http}\r\nConnection: close\r\n\r\n").unwrap();
-        let mut answer = Vec::new();
-        stream.read_to_end(&mut answer).unwrap();
-        let answer = String::from_utf8_lossy(&answer);
-        assert!(answer.starts_with("HTTP/1.1 200 "), "{path}: {answer}");
+        let ask = || {
+            let mut stream = TcpStream::connect(http).unwrap();
+            write!(stream, "GET {path} HTTP/1.1\r\nHost: {http}\r\nConnection: close\r\n\r\n").unwrap();
+            let mut answer = Vec::new();
+            stream.read_to_end(&mut answer).unwrap();
+            String::from_utf8_lossy(&answer).into_owned()
+        };
+        // The status is put together a few times a second.
+        wait_for(path, || ask().starts_with("HTTP/1.1 200 "));
     }
 }
 
@@ -251,7 +262,10 @@ fn books() {
     for step in steps("## Books: two nodes on one machine") {
         session.run(step);
     }
-    assert!(session.nodes.len() == 2 && session.nodes.values().all(|n| n.process.is_none()), "both are stopped");
+    assert!(
+        session.nodes.len() == 2 && session.nodes.values().all(|n| n.process.is_none()),
+        "both are stopped"
+    );
 }
 
 #[test]
