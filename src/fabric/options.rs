@@ -1,7 +1,7 @@
 //! What a fabric is started with, and where it keeps what it knows. Invariant: every path of the state directory is
 //! made here.
 
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
 
 use super::address::{Address, AddressError};
@@ -66,12 +66,24 @@ impl FabricOptions {
     }
 }
 
-/// The address this host has towards others. Nothing is sent: a connected UDP socket only asks the routing table.
-fn outward_ip() -> Option<std::net::IpAddr> {
+/// The address this host has towards others: that of its default route, or of its first interface if it has none.
+fn outward_ip() -> Option<IpAddr> {
+    routed_ip().or_else(|| {
+        let interfaces = if_addrs::get_if_addrs().ok()?;
+        let mut ips: Vec<IpAddr> =
+            interfaces.iter().filter(|i| !i.is_loopback() && !i.is_link_local()).map(|i| i.ip()).collect();
+        // IPv4 first: it needs no brackets and no scope.
+        ips.sort_by_key(|ip| ip.is_ipv6());
+        ips.first().copied()
+    })
+}
+
+/// Nothing is sent: a connected UDP socket only asks the routing table.
+fn routed_ip() -> Option<IpAddr> {
     let towards_v4 = (Ipv4Addr::UNSPECIFIED.into(), SocketAddr::from((Ipv4Addr::new(198, 51, 100, 1), 9)));
     let documentation_v6 = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
     let towards_v6 = (Ipv6Addr::UNSPECIFIED.into(), SocketAddr::from((documentation_v6, 9)));
-    [towards_v4, towards_v6].into_iter().find_map(|(any, towards): (std::net::IpAddr, _)| {
+    [towards_v4, towards_v6].into_iter().find_map(|(any, towards): (IpAddr, _)| {
         let socket = UdpSocket::bind((any, 0)).ok()?;
         socket.connect(towards).ok()?;
         Some(socket.local_addr().ok()?.ip()).filter(|ip| !ip.is_unspecified())
