@@ -45,7 +45,11 @@ impl Store {
         let last = "SELECT seq, ms FROM __litemesh_log ORDER BY seq DESC LIMIT 1";
         let mut statement = self.conn.prepare_cached(last)?;
         let mut rows = statement.query([])?;
-        let Some(row) = rows.next()? else { return Ok(None) };
+        let Some(row) = rows.next()? else {
+            // What is logged from now on is logged by the new triggers.
+            self.new_columns.clear();
+            return Ok(None);
+        };
         let (max_seq, day) = (row.get::<_, i64>(0)?, row.get::<_, f64>(1).ok());
         drop(rows);
         drop(statement);
@@ -60,6 +64,7 @@ impl Store {
             }
         }
         self.conn.prepare_cached("DELETE FROM __litemesh_log")?.execute([])?;
+        self.new_columns.clear();
         let (body, rows) = self.gather(version, base)?;
         if rows == 0 {
             self.save_clock()?;
@@ -109,7 +114,9 @@ impl Store {
     }
 
     fn absorb_mixed(&mut self, plan: &Plan, version: Version) -> Result<()> {
-        let Self { conn, sites, head, .. } = self;
+        let Self { conn, sites, head, new_columns, .. } = self;
+        // An update that an older trigger logged may have written a column that the trigger did not know.
+        let unknown = new_columns.get(&plan.table.id).map_or(&[][..], Vec::as_slice);
         let mut statement = conn.prepare_cached(&plan.log)?;
         let mut rows = statement.query([plan.table.id])?;
         let keys = plan.table.key.len();
@@ -125,7 +132,7 @@ impl Store {
                 let masks = masks.collect::<rusqlite::Result<Vec<_>>>()?;
                 let changed = |c: &u32| {
                     let mask = masks.get(*c as usize / MASK_BITS).copied().flatten().unwrap_or(0);
-                    mask & (1 << (*c as usize % MASK_BITS)) != 0
+                    unknown.contains(c) || mask & (1 << (*c as usize % MASK_BITS)) != 0
                 };
                 Ok(plan.table.columns.iter().map(|c| c.id).filter(changed).collect())
             };

@@ -14,6 +14,7 @@ use super::store::Store;
 use crate::core::capture::{
     FILE_FORMAT, OP_DELETE, OP_INSERT, PREFIX, TABLES, create_state_table, state_table, triggers,
 };
+use crate::core::merge::ColumnId;
 use crate::core::schema::{KeyKind, Table};
 use crate::core::sqltext::{ident, list, trigger_body};
 use crate::core::version::SiteId;
@@ -78,7 +79,10 @@ pub(super) fn refresh(store: &mut Store) -> Result<()> {
             store.notes.push(format!("table {:?} is not replicated: {why}", table.name));
             continue;
         }
-        let known = register(&store.conn, &mut table)?;
+        let (known, new_columns) = register(&store.conn, &mut table)?;
+        if known && adopted == Some(1) && !new_columns.is_empty() {
+            store.new_columns.insert(table.id, new_columns);
+        }
         widen_log(&store.conn, &table)?;
         store.conn.execute_batch(&create_state_table(&table))?;
         let had_triggers = place_triggers(&store.conn, &table)?;
@@ -123,8 +127,8 @@ fn unfit(conn: &Connection, table: &Table) -> rusqlite::Result<Option<String>> {
     Ok(unknown.map(|c| format!("an index of it uses the collation {c}, which only the application has")))
 }
 
-/// Gives the table and its columns their numbers; returns whether the table had one.
-fn register(conn: &Connection, table: &mut Table) -> Result<bool> {
+/// Gives the table and its columns their numbers; returns whether the table had one, and which columns had none.
+fn register(conn: &Connection, table: &mut Table) -> Result<(bool, Vec<ColumnId>)> {
     let find = "SELECT id FROM __litemesh_table WHERE name = ?1 COLLATE NOCASE";
     let found: Option<i64> = conn.query_row(find, [&table.name], |r| r.get(0)).optional()?;
     table.id = match found {
@@ -138,15 +142,17 @@ fn register(conn: &Connection, table: &mut Table) -> Result<bool> {
     let rows = statement.query_map([table.id], |r| Ok((r.get::<_, String>(1)?.to_lowercase(), r.get(0)?)))?;
     let mut known: BTreeMap<String, u32> = rows.collect::<rusqlite::Result<_>>()?;
     let mut next = known.values().max().map_or(0, |p| p + 1);
+    let mut new = Vec::new();
     for column in &mut table.columns {
         column.id = *known.entry(column.name.to_lowercase()).or_insert(next);
         if column.id == next {
             next += 1;
             let add = "INSERT INTO __litemesh_column(tbl, pos, name) VALUES(?1, ?2, ?3)";
             conn.execute(add, (table.id, column.id, &column.name))?;
+            new.push(column.id);
         }
     }
-    Ok(found.is_some())
+    Ok((found.is_some(), new))
 }
 
 /// Gives the log a column for every key column and mask of the table.

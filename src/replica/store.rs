@@ -1,6 +1,7 @@
 //! A file that is being replicated: its connection and what is kept of it in memory. Invariant: after a failed
 //! transaction memory is read again from the file, so that the two never differ.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -11,6 +12,7 @@ use super::plan::Plan;
 use super::shadow::Sites;
 use super::{ReplicaError, Result};
 use crate::core::capture::FILE_FORMAT;
+use crate::core::merge::ColumnId;
 use crate::core::vector::{Point, Vector};
 use crate::core::version::{Hlc, SiteId};
 use crate::sqlite;
@@ -26,6 +28,8 @@ pub struct Store {
     pub(super) notes: Vec<String>,
     pub(super) null_keys: u64,
     pub(super) covers: TableFilter,
+    /// Columns that tables got since the triggers that wrote the log were made.
+    pub(super) new_columns: HashMap<i64, Vec<ColumnId>>,
 }
 
 /// Whether a table of this name is replicated.
@@ -67,6 +71,7 @@ impl Store {
             notes: Vec::new(),
             null_keys: 0,
             covers,
+            new_columns: HashMap::new(),
         };
         store.write(|store| store.refresh_schema(false))?;
         Ok(store)

@@ -292,3 +292,22 @@ fn a_concurrent_loser_is_kept_and_a_succession_is_not() {
     let id = "SELECT hex(id) || loser FROM __litemesh_conflicts";
     assert_eq!(a.text(id), b.text(id), "the same conflict is the same entry");
 }
+
+#[test]
+fn a_column_added_and_written_at_once_is_captured() {
+    let (mut a, mut b) = duo("column");
+    let site = a.site();
+    let first = a.write("INSERT INTO t VALUES(1, 'x'), (2, 'y')");
+    let second = a.write("ALTER TABLE t ADD COLUMN w DEFAULT 'none'; UPDATE t SET w = 'new' WHERE id = 1");
+    b.take(site, &first);
+    b.take(site, &second);
+    b.settle(START_MS);
+    assert!(b.engine.stopped()[0].contains("\"w\""), "{:?}", b.engine.stopped());
+    b.app.execute_batch("ALTER TABLE t ADD COLUMN w DEFAULT 'none'").unwrap();
+    b.settle(START_MS + 10_000);
+    assert_eq!(b.text("SELECT group_concat(id || w) FROM (SELECT * FROM t ORDER BY id)"), "1new,2none");
+    let third = a.write("UPDATE t SET v = v WHERE id = 2; UPDATE t SET w = 'later' WHERE id = 2");
+    b.take(site, &third);
+    b.settle(START_MS + 10_000);
+    assert_eq!(b.text("SELECT w FROM t WHERE id = 2"), "later");
+}
