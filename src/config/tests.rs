@@ -37,7 +37,7 @@ fn without_any_source_the_defaults_hold() {
     assert_eq!(config.http.to_string(), "127.0.0.1:8222");
     assert_eq!(config.name.as_str(), "db-1");
     assert_eq!(config.state_dir, Path::new("/data/litemesh"));
-    assert_eq!((config.journal, config.log.as_str()), (Journal::Wal, "info"));
+    assert_eq!((config.journal, config.log.as_str()), (Journal::Wal, "info,nats=warn,async_nats=warn"));
     assert!(config.databases.is_empty() && config.join.is_none() && config.advertise.is_none());
 }
 

@@ -2,7 +2,7 @@
 //! and holds up none of them.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -186,7 +186,7 @@ fn judge(status: &mut Status, started: bool) {
 
 fn describe(
     name: &DbName,
-    path: &PathBuf,
+    path: &Path,
     engine: &Engine,
     trouble: Option<&str>,
     state_rows: u64,

@@ -66,7 +66,8 @@ pub fn detach(conn: &Connection) -> rusqlite::Result<()> {
 /// Reads the schema, registers what is new, puts back triggers that are missing.
 pub(super) fn refresh(store: &mut Store) -> Result<()> {
     let schema = introspect::read(&store.conn)?;
-    let first = Store::meta::<i64>(&store.conn, "adopted")?.is_none();
+    // Absent: the first look at a new file. 0: taken in from a copy, whose tables are known but have no triggers yet.
+    let adopted = Store::meta::<i64>(&store.conn, "adopted")?;
     let mut plans = Vec::new();
     for mut table in schema.tables.clone() {
         if !(store.covers)(&table.name) {
@@ -81,9 +82,9 @@ pub(super) fn refresh(store: &mut Store) -> Result<()> {
         widen_log(&store.conn, &table)?;
         store.conn.execute_batch(&create_state_table(&table))?;
         let had_triggers = place_triggers(&store.conn, &table)?;
-        if !first && !known {
+        if adopted.is_some() && !known {
             log_all_rows(&store.conn, &table)?;
-        } else if known && !had_triggers {
+        } else if adopted == Some(1) && known && !had_triggers {
             log_difference(&store.conn, &table)?;
             store.notes.push(format!(
                 "table {:?} was rebuilt by the application: capture is back; a row that was changed in between is \
@@ -94,7 +95,7 @@ pub(super) fn refresh(store: &mut Store) -> Result<()> {
         plans.push(Arc::new(Plan::new(table)));
     }
     store.plans = plans;
-    if first {
+    if adopted != Some(1) {
         Store::set_meta(&store.conn, "adopted", 1)?;
     }
     let replicated = store.plans.iter().map(|p| p.table.name.to_lowercase()).collect();

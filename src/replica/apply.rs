@@ -11,7 +11,7 @@ use super::conflict::losses;
 use super::plan::Plan;
 use super::store::Store;
 use super::{ReplicaError, Result};
-use crate::core::frame::{Frame, RowBuffer, Section};
+use crate::core::frame::{Frame, RowBuffer, Section, WireError};
 use crate::core::merge::{Row, RowState, merge};
 use crate::core::message::CommitHeader;
 use crate::core::value::{Value, ValueRef};
@@ -56,7 +56,9 @@ impl Store {
         };
         commit.body.rewind()?;
         commit.body.next_block()?;
-        self.apply_blocks(&mut commit.body, &they_saw)?;
+        if self.apply_blocks(&mut commit.body, &they_saw)? != commit.header.rows {
+            return Err(WireError::Malformed("a commit with other rows than it says").into());
+        }
         self.head.hlc = self.head.hlc.max(hlc);
         self.save_clock()?;
         self.raise(site, Point { n: to, hlc, id })
@@ -74,15 +76,17 @@ impl Store {
         self.save_clock()
     }
 
-    fn apply_blocks(&mut self, body: &mut Body, they_saw: &dyn Fn(Version) -> bool) -> Result<()> {
+    fn apply_blocks(&mut self, body: &mut Body, they_saw: &dyn Fn(Version) -> bool) -> Result<u64> {
         let mut deferred = Vec::new();
+        let mut rows = 0;
         while let Some(block) = body.next_block()? {
             let frame = Frame::open(&block)?;
             for section in frame.sections()? {
-                self.apply_section(section, they_saw, &mut deferred)?;
+                rows += self.apply_section(section, they_saw, &mut deferred)?;
             }
         }
-        self.place_deferred(deferred)
+        self.place_deferred(deferred)?;
+        Ok(rows)
     }
 
     fn target(&self, section: &Section<'_>) -> Result<Target> {
@@ -109,15 +113,14 @@ impl Store {
         mut section: Section<'_>,
         they_saw: &dyn Fn(Version) -> bool,
         deferred: &mut Vec<Deferred>,
-    ) -> Result<()> {
-        if !(self.covers)(section.table) {
-            return Ok(());
-        }
-        let target = self.target(&section)?;
-        let mut row = RowBuffer::default();
+    ) -> Result<u64> {
+        let target = if (self.covers)(section.table) { Some(self.target(&section)?) } else { None };
+        let (mut row, mut rows) = (RowBuffer::default(), 0);
         while let Some((birth, dead)) = section.next_row(&mut row)? {
+            rows += 1;
+            let Some(target) = &target else { continue };
             let fresh = dead.is_none() && row.columns.is_empty();
-            if fresh && self.insert_fresh(&target, birth, &row)? {
+            if fresh && self.insert_fresh(target, birth, &row)? {
                 continue;
             }
             let id = |place: u32| target.plan.table.columns[target.places[place as usize]].id;
@@ -126,7 +129,7 @@ impl Store {
             let theirs = Row { state: RowState { birth, dead, columns }, values };
             self.merge_row(&target.plan, &row.key, &theirs, they_saw, deferred)?;
         }
-        Ok(())
+        Ok(rows)
     }
 
     /// The fast path: a row that nobody here knows. Returns false if it is not that simple; then nothing was done.

@@ -6,6 +6,9 @@ use std::path::Path;
 
 use tempfile::SpooledTempFile;
 
+use super::Result;
+use crate::core::frame::WireError;
+
 /// Commits up to this size stay in memory.
 const IN_MEMORY_BYTES: usize = 4 * 1024 * 1024;
 
@@ -50,17 +53,20 @@ impl Body {
         self.file.seek(SeekFrom::Start(0)).map(|_| ())
     }
 
-    /// The next block; `None` at the end.
-    pub fn next_block(&mut self) -> io::Result<Option<Vec<u8>>> {
-        let at = self.file.stream_position()?;
-        if at >= self.len {
+    /// The next block; `None` at the end. What a peer cut short is its fault, not the disk's.
+    pub fn next_block(&mut self) -> Result<Option<Vec<u8>>> {
+        let left = self.len.saturating_sub(self.file.stream_position()?);
+        if left == 0 {
             return Ok(None);
         }
         let mut len = [0; 4];
+        if left < len.len() as u64 {
+            return Err(WireError::Truncated.into());
+        }
         self.file.read_exact(&mut len)?;
         let len = u64::from(u32::from_be_bytes(len));
-        if at + 4 + len > self.len {
-            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "a block beyond the end"));
+        if len > left - 4 {
+            return Err(WireError::Truncated.into());
         }
         let mut block = vec![0; len as usize];
         self.file.read_exact(&mut block)?;

@@ -146,6 +146,7 @@ fn import(conn: &Connection, site: SiteId) -> Result<()> {
     }
     copy_ours(conn)?;
     let source: i64 = Store::meta(conn, "site")?.unwrap_or_default();
+    Store::set_meta(conn, "adopted", 0)?;
     take_identity(conn, SiteId(source as u64), site)
 }
 

@@ -179,7 +179,7 @@ impl Engine {
 
     /// Absorbs what the application wrote.
     pub fn absorb(&mut self) -> Result<()> {
-        if self.store.has_log()? {
+        if self.store.has_news()? {
             let own = self.store.absorb()?;
             self.publish(own);
         }

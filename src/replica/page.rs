@@ -35,32 +35,37 @@ impl Store {
     /// Absorbs, then applies commits in order, in one transaction, perhaps not all of them. The first that cannot be
     /// applied ends the batch and leaves no trace.
     pub fn apply(&mut self, commits: &mut [PeerCommit]) -> Result<Applied> {
+        let (failed, error) = match self.apply_all(commits) {
+            Ok(applied) => return Ok(applied),
+            Err((_, e)) if e.is_passing() => return Err(e),
+            Err(failure) => failure,
+        };
+        // All was rolled back: what came before the failure is done again without it. A savepoint for each commit
+        // would spare that, and cost every statement of a large commit a walk through its journal.
+        let mut applied = self.apply_all(&mut commits[..failed]).map_err(|(_, e)| e)?;
+        if applied.count == failed {
+            applied.stopped = Some(error);
+        }
+        Ok(applied)
+    }
+
+    fn apply_all(&mut self, commits: &mut [PeerCommit]) -> Result<Applied, (usize, ReplicaError)> {
+        let mut at = 0;
         self.write(|store| {
             let mut applied = Applied { own: store.absorb_pending()?, ..Applied::default() };
             for commit in commits {
-                let before = (store.head.clone(), store.sites.clone());
-                store.conn.prepare_cached("SAVEPOINT one")?.execute([])?;
-                match store.apply_commit(commit) {
-                    Ok(()) => {
-                        store.conn.prepare_cached("RELEASE one")?.execute([])?;
-                        applied.count += 1;
-                        // A unique conflict was settled by a write of ours: it is absorbed before anything else
-                        // meets the rows it changed.
-                        if store.has_log()? {
-                            break;
-                        }
-                    }
-                    Err(e) if e.is_passing() => return Err(e),
-                    Err(e) => {
-                        store.conn.execute_batch("ROLLBACK TO one; RELEASE one")?;
-                        (store.head, store.sites) = before;
-                        applied.stopped = Some(e);
-                        break;
-                    }
+                at = applied.count;
+                store.apply_commit(commit)?;
+                applied.count += 1;
+                // A unique conflict was settled by a write of ours: it is absorbed before anything else meets the
+                // rows it changed.
+                if store.has_log()? {
+                    break;
                 }
             }
             Ok(applied)
         })
+        .map_err(|e| (at, e))
     }
 
     /// Absorbs, then applies a peer's pages and takes over what it held, in one transaction.

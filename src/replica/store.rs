@@ -109,6 +109,12 @@ impl Store {
         Ok(any.exists([])?)
     }
 
+    /// Whether there is anything to absorb: a log, or a schema that may hold new tables.
+    pub fn has_news(&self) -> Result<bool> {
+        let mut ask = self.conn.prepare_cached("PRAGMA schema_version")?;
+        Ok(ask.query_row([], |r| r.get::<_, i64>(0))? != self.schema_version || self.has_log()?)
+    }
+
     /// Runs `work` in one write transaction; commits with everything on the disk, or leaves the file as it was.
     pub fn write<T>(&mut self, work: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
         self.conn.prepare_cached("BEGIN IMMEDIATE")?.execute([])?;

@@ -73,7 +73,7 @@ fn writes(base: i64) -> String {
         INSERT INTO worded VALUES('k{base}', 1), ('key ''quoted'' {base}', 2);
         INSERT INTO nocase VALUES('Key{base}', 1); UPDATE nocase SET k = 'KEY{base}' WHERE k = 'key{base}';
         INSERT INTO blobkey VALUES(x'00{base}', 1), (CAST('{base}' AS BLOB), 2);
-        INSERT INTO realkey VALUES({base}.5, 1); UPDATE realkey SET k = k + 1000 WHERE k = {base}.5;
+        INSERT INTO realkey VALUES({base}.5, 1); UPDATE realkey SET k = k + 10000 WHERE k = {base}.5;
         INSERT INTO descending VALUES({base}, 'd');
         INSERT INTO "od""d ""table" VALUES({base}, 'g', 1.5, 'f'); UPDATE "od""d ""table" SET "größe" = 2.5, [from] = NULL;
         INSERT INTO generated(id, a) VALUES({base}, 21); UPDATE generated SET a = 5 WHERE id = {base};

@@ -3,6 +3,7 @@
 //!
 //! `LITEMESH_SIM_SEED=n` runs one seed, `LITEMESH_SIM_SEEDS=n` that many.
 
+mod scripted;
 mod world;
 
 use world::{Options, World};
