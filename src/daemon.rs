@@ -171,7 +171,7 @@ async fn serve(
     };
     if result.is_ok() && !signals.came {
         starter.router.say_hello().await;
-        observer.ready();
+        observer.ready().await;
         started();
         loop {
             tokio::select! {

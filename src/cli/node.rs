@@ -64,12 +64,11 @@ pub fn sync(args: &SyncArgs) -> Result<ExitCode> {
     let ask = SyncAsk { db, timeout_ms: args.timeout.as_millis() as u64 };
     let answer: SyncAnswer = client.ask("/control/sync", &ask)?;
     if answer.laggards.is_empty() {
-        let nodes = if answer.nodes == 1 {
-            "1 other node has"
-        } else {
-            &format!("{} other nodes have", answer.nodes)
-        };
-        println!("{nodes} everything ({} ms)", answer.took_ms);
+        match answer.nodes {
+            0 => println!("no other node is live: the others get it when they are back"),
+            1 => println!("1 other node has everything ({} ms)", answer.took_ms),
+            n => println!("{n} other nodes have everything ({} ms)", answer.took_ms),
+        }
         return Ok(ExitCode::SUCCESS);
     }
     for (node, db) in &answer.laggards {

@@ -6,6 +6,8 @@ use std::process::ExitCode;
 use super::args::{Cli, Command, ConflictsCommand};
 use super::{check, complete, conflicts, demo, node, up};
 use crate::config::ConfigError;
+use crate::config::error::EXIT_CONFIG;
+use crate::fabric::token::TokenError;
 
 /// Runs the command; prints the chain of causes if it fails.
 pub fn run(cli: &Cli) -> ExitCode {
@@ -26,11 +28,16 @@ pub fn run(cli: &Cli) -> ExitCode {
     };
     result.unwrap_or_else(|error| {
         eprintln!("litemesh: {error:#}");
-        match error.downcast_ref::<ConfigError>() {
-            Some(config) => ExitCode::from(config.exit_code()),
-            None => ExitCode::FAILURE,
-        }
+        ExitCode::from(exit_code(&error))
     })
+}
+
+/// What a script can tell apart: a mistake in what was configured, or something that failed.
+fn exit_code(error: &anyhow::Error) -> u8 {
+    if let Some(config) = error.downcast_ref::<ConfigError>() {
+        return config.exit_code();
+    }
+    if error.is::<TokenError>() { EXIT_CONFIG } else { 1 }
 }
 
 fn written(result: std::io::Result<()>) -> anyhow::Result<ExitCode> {

@@ -31,7 +31,9 @@ fn warn_of_schemas(config: &Config) {
         let Ok(report) = check::examine(&database.path) else { continue };
         for finding in report.findings.iter().filter(|f| f.severity != Severity::Info) {
             let table = finding.table.as_deref().unwrap_or_default();
-            tracing::warn!(db = %database.name, table, "{}: {}", finding.what, finding.what_litemesh_does);
+            let told = format!("{}. {}", finding.what, finding.what_litemesh_does);
+            let file = database.path.display();
+            tracing::warn!(db = %database.name, "table {table}: {told} More: litemesh check {file}");
         }
     }
 }

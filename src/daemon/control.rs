@@ -110,7 +110,8 @@ pub fn routes(control: Control) -> Routes {
         .route("/control/sync", post(sync))
         .route("/control/token", get(token))
         .route("/control/detach", post(detach))
-        .layer(middleware::from_fn_with_state(control.clone(), authorize))
+        // Not for paths that nobody serves: those are unknown, not forbidden.
+        .route_layer(middleware::from_fn_with_state(control.clone(), authorize))
         .with_state(control)
 }
 

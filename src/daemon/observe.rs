@@ -70,9 +70,10 @@ impl Observer {
         self.0.handle.clone()
     }
 
-    /// Everything has started.
-    pub fn ready(&self) {
+    /// Everything has started: whoever asks from now on is told so.
+    pub async fn ready(&self) {
         self.0.ready.store(true, Ordering::Release);
+        self.0.handle.publish(self.gather().await);
     }
 
     /// What a database's thread calls after every turn.
@@ -130,17 +131,21 @@ impl Observer {
             ..status.fabric
         };
         let now_ms = wall_clock_ms();
-        let peers = inner.router.peers();
-        status.peers = (peers.iter())
-            .map(|(name, peer)| PeerStatus {
+        let mut peers: BTreeMap<_, _> = (inner.fabric.members().into_iter())
+            .map(|name| (name.to_string(), PeerStatus { node: name.to_string(), ..PeerStatus::default() }))
+            .collect();
+        for (name, peer) in inner.router.peers() {
+            let heard = PeerStatus {
                 node: name.to_string(),
                 live: peer.is_live(now_ms),
                 last_heard_s: Some(now_ms.saturating_sub(peer.heard_ms) as f64 / 1_000.0),
                 clock_offset_ms: Some(peer.clock_offset_ms as f64),
                 version: Some(peer.hello.version.clone()),
                 databases: peer.hello.dbs.iter().map(ToString::to_string).collect(),
-            })
-            .collect();
+            };
+            peers.insert(name.to_string(), heard);
+        }
+        status.peers = peers.into_values().collect();
         status.databases =
             inner.reports.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
         judge(&mut status, inner.ready.load(Ordering::Acquire));

@@ -33,12 +33,16 @@ pub struct PeerInfo {
     pub heard_ms: u64,
     /// How far its clock was ahead of ours then.
     pub clock_offset_ms: i64,
+    /// It said that it stops.
+    pub left: bool,
+    /// It was told in the log that nothing is heard of it.
+    missed: bool,
 }
 
 impl PeerInfo {
     /// Whether it was heard lately.
     pub fn is_live(&self, now_ms: u64) -> bool {
-        now_ms < self.heard_ms + LIVE_MS
+        !self.left && now_ms < self.heard_ms + LIVE_MS
     }
 }
 
@@ -140,8 +144,21 @@ impl Router {
     pub async fn keep_saying_hello(self: Arc<Self>) {
         loop {
             self.say_hello().await;
+            self.tell_who_is_missed();
             self.copies.expire();
             tokio::time::sleep(HELLO_EVERY).await;
+        }
+    }
+
+    /// Says once of every peer that it is not heard of any more.
+    fn tell_who_is_missed(&self) {
+        let now_ms = wall_clock_ms();
+        for (node, peer) in held(self.peers.lock()).iter_mut() {
+            if !peer.missed && !peer.left && !peer.is_live(now_ms) {
+                peer.missed = true;
+                let silent_s = now_ms.saturating_sub(peer.heard_ms) / 1_000;
+                warn!(node = %node, "has not been heard of for {silent_s} s: what it misses is sent when it is back");
+            }
         }
     }
 
@@ -209,7 +226,9 @@ impl Router {
 
     fn on_bye(&self, from: &NodeName) {
         info!(node = %from, "has left for now");
-        held(self.peers.lock()).remove(from);
+        if let Some(peer) = held(self.peers.lock()).get_mut(from) {
+            peer.left = true;
+        }
         for worker in held(self.workers.read()).values() {
             worker.offer(Input::Message(from.clone(), Message::Bye));
         }
@@ -225,7 +244,11 @@ impl Router {
             let offset_s = clock_offset_ms / 1_000;
             warn!(node = %from, "its clock is {offset_s} s off ours: set the clocks right, writes dated ahead wait");
         }
-        held(self.peers.lock()).insert(from.clone(), PeerInfo { hello, heard_ms: now_ms, clock_offset_ms });
+        if known.is_some_and(|p| p.missed || p.left) {
+            info!(node = %from, "is back");
+        }
+        let peer = PeerInfo { hello, heard_ms: now_ms, clock_offset_ms, left: false, missed: false };
+        held(self.peers.lock()).insert(from.clone(), peer);
         if is_news {
             self.send(&from, &self.hello()).await;
             for worker in held(self.workers.read()).values() {

@@ -120,7 +120,11 @@ impl Exchange {
             news
         });
         let Some(members) = news else { return false };
-        info!(node = %from, addresses = ?hello.routes, gone = ?hello.gone, "the members have changed");
+        let addresses: Vec<_> = hello.routes.iter().map(ToString::to_string).collect();
+        info!(node = %from, addresses = addresses.join(","), "a member, and where it is found");
+        for gone in &hello.gone {
+            info!(node = %gone, "is no member any more");
+        }
         self.keep(&members);
         true
     }

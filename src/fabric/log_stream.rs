@@ -49,14 +49,16 @@ pub struct LogState {
     pub acked: u64,
     /// Of them, those that it refused.
     pub refused: u64,
+    /// Of them, those that were sent before it was there: peers have them all the same.
+    pub missed: u64,
     /// Why it was last not made, or refused a message.
     pub last_error: Option<String>,
 }
 
 impl LogState {
-    /// Messages that it said nothing of, yet or ever.
+    /// Messages that it said nothing of yet.
     pub fn unacked(&self) -> u64 {
-        self.published.saturating_sub(self.acked + self.refused)
+        self.published.saturating_sub(self.acked + self.refused + self.missed)
     }
 }
 
@@ -67,6 +69,8 @@ pub(super) struct LogCounters {
     published: AtomicU64,
     acked: AtomicU64,
     refused: AtomicU64,
+    /// Sent while there was no stream to answer.
+    missed: AtomicU64,
     last_error: Mutex<Option<String>>,
 }
 
@@ -88,6 +92,14 @@ impl LogCounters {
         }
     }
 
+    /// The stream has just come to be: what it never saw it will never acknowledge.
+    async fn came_to_be(&self) {
+        let before = self.state();
+        sleep(ANSWER_PATIENCE).await;
+        let answered = self.state().acked + self.state().refused - before.acked - before.refused;
+        self.missed.store(before.unacked().saturating_sub(answered), Ordering::Relaxed);
+    }
+
     fn failed(&self, reason: String) {
         *self.last_error.lock().expect("nothing panics while it is held") = Some(reason);
     }
@@ -98,6 +110,7 @@ impl LogCounters {
             published: self.published.load(Ordering::Relaxed),
             acked: self.acked.load(Ordering::Relaxed),
             refused: self.refused.load(Ordering::Relaxed),
+            missed: self.missed.load(Ordering::Relaxed),
             last_error: self.last_error.lock().expect("nothing panics while it is held").clone(),
         }
     }
@@ -116,6 +129,7 @@ pub(super) async fn keep(
             Ok(()) => {
                 if !counters.exists.swap(true, Ordering::Relaxed) {
                     info!(%node, "the log's stream is there");
+                    counters.came_to_be().await;
                 }
                 delay = FIRST_RETRY;
                 sleep(LOOK_AFTER).await;

@@ -24,12 +24,14 @@ const PORT_PATIENCE: Duration = Duration::from_millis(1500);
 const MAX_EARLY_EXITS: u32 = 5;
 const GRACE: Duration = Duration::from_secs(5);
 
-/// Warnings of what is meant to be so: passwords that live in a file of the owner's, and a lone node's start.
-pub const AS_EXPECTED: [&str; 4] = [
+/// Warnings of what is meant to be so: passwords that live in a file of the owner's, a lone node's start, and the
+/// dialling of a peer that is away, four lines a second: litemesh itself says once who is not heard of any more.
+pub const AS_EXPECTED: [&str; 5] = [
     "Plaintext passwords detected",
     "Waiting for routing to be established",
     "JetStream has not established contact with a meta leader",
     "Metalayer blocking snapshot",
+    "Error trying to connect to route",
 ];
 
 /// What the server is doing.
@@ -104,7 +106,8 @@ impl Server {
                 }
                 ServerEvent::Exited { exit, restart_in } => {
                     if exit.cause != ExitCause::Stopped {
-                        warn!(node, cause = ?exit.cause, ?restart_in, "nats-server ended");
+                        let pause_ms = restart_in.map_or(0, |pause| pause.as_millis() as u64);
+                        warn!(node, cause = ?exit.cause, "nats-server ended: it is started again in {pause_ms} ms");
                     }
                     times += 1;
                     Health::Down { exit, times }

@@ -1,0 +1,132 @@
+//! Strangers get nothing, and secrets stay where they belong.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use crate::refusal::processes;
+use crate::support::{Node, wait_equal};
+
+/// What a listener answers to plain words.
+fn plain(address: SocketAddr, words: &str) -> Vec<u8> {
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    // It may hang up at any moment.
+    drop(stream.write_all(words.as_bytes()));
+    let mut answer = Vec::new();
+    drop(stream.read_to_end(&mut answer));
+    answer
+}
+
+/// What it answers over TLS to somebody without a certificate; `None` where there is no openssl.
+fn without_certificate(address: SocketAddr, words: &str) -> Option<String> {
+    let mut child = Command::new("openssl")
+        .args(["s_client", "-quiet", "-connect", &address.to_string()])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .ok()?;
+    // It may have ended already.
+    drop(child.stdin.take().unwrap().write_all(words.as_bytes()));
+    Some(String::from_utf8_lossy(&child.wait_with_output().unwrap().stdout).into_owned())
+}
+
+#[test]
+fn a_stranger_at_the_cluster_port_gets_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = crate::support::pair(dir.path(), "CREATE TABLE t(id TEXT PRIMARY KEY NOT NULL, v)");
+    let route = "CONNECT {\"verbose\":false,\"name\":\"z\"}\r\nSUB lm.> 1\r\nPING\r\n";
+    for words in ["", "GET / HTTP/1.1\r\n\r\n", route, "\u{16}\u{3}\u{1}\u{ff}garbage"] {
+        let answer = String::from_utf8_lossy(&plain(a.addresses[0], words)).into_owned();
+        for telling in ["INFO", "PONG", "lm.", "server_name"] {
+            assert!(!answer.contains(telling), "{words:?}: {answer}");
+        }
+    }
+    match without_certificate(a.addresses[0], route) {
+        Some(answer) => assert!(!answer.contains("INFO") && !answer.contains("PONG"), "{answer}"),
+        None => eprintln!("skipped: there is no openssl to come with TLS"),
+    }
+    // Many who say nothing at all hold nobody up.
+    let silent: Vec<_> = (0..50).map(|_| TcpStream::connect(a.addresses[0]).unwrap()).collect();
+    a.exec("app.db", "INSERT INTO t VALUES('a', 1)");
+    b.exec("app.db", "INSERT INTO t VALUES('b', 1)");
+    a.sync();
+    b.sync();
+    wait_equal(&[&a, &b], "app.db");
+    drop(silent);
+    // Programs of this host may use the client port; what is the mesh's is not theirs.
+    let answer = plain(
+        a.addresses[1],
+        "CONNECT {}\r\nSUB lm.> 1\r\nPUB lm.c.b.app.1 2\r\nhi\r\nPING\r\nSUB $SYS.> 2\r\n",
+    );
+    let answer = String::from_utf8_lossy(&answer).into_owned();
+    assert!(!answer.contains("MSG lm.") && !answer.contains("MSG $SYS"), "{answer}");
+    assert_eq!(b.status()["databases"][0]["messages_refused"], 0, "it did not come through");
+}
+
+fn files(dir: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() { found.extend(files(&path)) } else { found.push(path) }
+    }
+    found
+}
+
+/// Strings of the state directory that only its owner may know.
+fn secrets(node: &Node) -> Vec<String> {
+    let read = |name: &str| std::fs::read_to_string(node.state_dir().join(name)).unwrap();
+    let token = node.token();
+    let mut secrets =
+        vec![token.split(['@', '-']).nth(1).unwrap().to_owned(), read("mesh.key").trim().to_owned()];
+    for file in ["accounts.json", "control.json"] {
+        let words: Vec<String> = read(file).split('"').map(str::to_owned).collect();
+        secrets.extend(words.into_iter().filter(|w| w.len() >= 20 && !w.contains([':', '.', '/'])));
+    }
+    assert!(secrets.len() >= 4, "a password or two, the control secret, the key, the token");
+    secrets
+}
+
+#[test]
+fn secrets_stay_in_files_of_the_owner() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut a = Node::new(dir.path(), "a", &["app.db"]);
+    let mut b = Node::new(dir.path(), "b", &["app.db"]);
+    a.exec("app.db", "CREATE TABLE t(id TEXT PRIMARY KEY NOT NULL, v)");
+    for node in [&mut a, &mut b] {
+        node.extra = vec!["--log".into(), "debug".into()];
+    }
+    a.start(None);
+    std::fs::write(b.file("token"), a.token()).unwrap();
+    b.extra.extend(["--join-file".into(), "token".into()]);
+    b.start(None);
+    a.exec("app.db", "INSERT INTO t VALUES('x', 1)");
+    a.sync();
+    for node in [&a, &b] {
+        let mode = |p: &Path| std::fs::metadata(p).unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode(&node.state_dir()), 0o700);
+        let secrets = secrets(node);
+        // The server's program itself knows the words.
+        let programs = node.state_dir().join("bin");
+        for file in files(&node.state_dir()).into_iter().filter(|f| !f.starts_with(&programs)) {
+            let bytes = String::from_utf8_lossy(&std::fs::read(&file).unwrap()).into_owned();
+            let is_secret = secrets.iter().any(|s| bytes.contains(s)) || bytes.contains("PRIVATE KEY");
+            assert!(!is_secret || mode(&file) == 0o600, "{}", file.display());
+        }
+        let status = node.status().to_string();
+        let text = String::from_utf8(node.run(&["status"]).stdout).unwrap();
+        let log = node.log.lock().unwrap().join("\n");
+        let lines: String =
+            processes(node.home.to_str().unwrap()).into_iter().map(|(_, line)| line).collect();
+        assert!(lines.contains("nats-server") || !Path::new("/proc/self").exists());
+        for secret in secrets {
+            assert!(!status.contains(&secret) && !text.contains(&secret), "in the status");
+            assert!(!log.contains(&secret), "in the log");
+            assert!(!lines.contains(&secret), "in the list of processes: {lines}");
+        }
+    }
+}

@@ -1,0 +1,15 @@
+//! The commands, the HTTP endpoints and the errors, as an operator meets them: real nodes, real processes.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod detach;
+mod http;
+mod intruder;
+mod refusal;
+mod refused_files;
+mod refused_joins;
+mod refused_starts;
+mod status;
+mod sync;
+mod words;
