@@ -87,8 +87,8 @@ pub enum Command {
 
     /// Stop replicating a file and remove every trace of litemesh from it.
     ///
-    /// Its rows stay as they are; our tables and triggers go. The node must not be running with this database, and
-    /// other nodes keep their copies.
+    /// Its rows stay as they are; our tables and triggers go. If the node runs, it is asked to do it, and goes
+    /// on with its other databases. Other nodes keep their copies.
     Detach(DetachArgs),
 
     /// See it work: two nodes and a small database, on this machine only.
@@ -167,7 +167,8 @@ pub struct UpArgs {
     /// Leave out tables that match one of these globs (may be given several times).
     #[arg(long, value_name = "TABLE_GLOB")]
     pub exclude: Vec<String>,
-    /// What to log: error, warn, info, debug, trace, or filters of single modules [default: info].
+    /// What to log: error, warn, info, debug, trace, or filters of single modules [default:
+    /// info,nats=warn,async_nats=warn].
     #[arg(long, value_name = "LEVEL")]
     pub log: Option<String>,
 }
@@ -251,7 +252,7 @@ pub struct CheckArgs {
 pub enum ConflictsCommand {
     /// List the writes that lost, newest first.
     ///
-    /// Each with its table, key and values, and the version that won.
+    /// Each with its table, key and the values that lost; the versions are in the JSON.
     List(ConflictsListArgs),
 }
 

@@ -166,7 +166,7 @@ pub struct CopyPart {
     pub offset: u64,
     /// The part.
     pub data: Bytes,
-    /// BLAKE3 of the whole, with the last part.
+    /// BLAKE3 of the whole.
     pub hash: Option<[u8; 32]>,
 }
 
