@@ -23,6 +23,10 @@ const ANSWER_PATIENCE: Duration = Duration::from_secs(1);
 /// Somebody may delete the stream: it is looked after.
 const LOOK_AFTER: Duration = Duration::from_secs(300);
 
+/// How answers are addressed to messages that are sent while the stream is there, and to others.
+pub(super) const AWAITED: &str = ".awaited";
+pub(super) const UNAWAITED: &str = ".unawaited";
+
 /// How much a log keeps.
 #[derive(Debug, Clone, Copy)]
 pub struct LogLimits {
@@ -49,8 +53,9 @@ pub struct LogState {
     pub acked: u64,
     /// Of them, those that it refused.
     pub refused: u64,
-    /// Of them, those that were sent before it was there: peers have them all the same.
-    pub missed: u64,
+    /// Of them, those that it has yet to answer. What was sent before it was known to be there may never be
+    /// answered, and is not awaited: peers have it all the same.
+    pub awaited: u64,
     /// Why it was last not made, or refused a message.
     pub last_error: Option<String>,
 }
@@ -58,7 +63,7 @@ pub struct LogState {
 impl LogState {
     /// Messages that it said nothing of yet.
     pub fn unacked(&self) -> u64 {
-        self.published.saturating_sub(self.acked + self.refused + self.missed)
+        self.awaited
     }
 }
 
@@ -69,35 +74,38 @@ pub(super) struct LogCounters {
     published: AtomicU64,
     acked: AtomicU64,
     refused: AtomicU64,
-    /// Sent while there was no stream to answer.
-    missed: AtomicU64,
+    /// Sent while the stream was known to be there, and answered of these.
+    awaited: AtomicU64,
+    awaited_answered: AtomicU64,
     last_error: Mutex<Option<String>>,
 }
 
 impl LogCounters {
-    pub(super) fn published(&self) {
+    /// Whether an answer can be expected to a message that is sent now.
+    pub(super) fn awaits(&self) -> bool {
+        self.exists.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn published(&self, awaited: bool) {
         self.published.fetch_add(1, Ordering::Relaxed);
+        self.awaited.fetch_add(awaited.into(), Ordering::Relaxed);
     }
 
     /// Counts the stream's answer to one message.
     pub(super) fn answered(&self, message: &async_nats::Message) {
+        let awaited = message.subject.ends_with(AWAITED);
+        self.awaited_answered.fetch_add(awaited.into(), Ordering::Relaxed);
         match error_of(message) {
             None => {
                 self.acked.fetch_add(1, Ordering::Relaxed);
+                // A lone survivor's stream takes messages though nobody answers when it is to be made.
+                self.exists.store(true, Ordering::Relaxed);
             }
             Some((_, reason)) => {
                 self.refused.fetch_add(1, Ordering::Relaxed);
                 self.failed(reason);
             }
         }
-    }
-
-    /// The stream has just come to be: what it never saw it will never acknowledge.
-    async fn came_to_be(&self) {
-        let before = self.state();
-        sleep(ANSWER_PATIENCE).await;
-        let answered = self.state().acked + self.state().refused - before.acked - before.refused;
-        self.missed.store(before.unacked().saturating_sub(answered), Ordering::Relaxed);
     }
 
     fn failed(&self, reason: String) {
@@ -110,7 +118,10 @@ impl LogCounters {
             published: self.published.load(Ordering::Relaxed),
             acked: self.acked.load(Ordering::Relaxed),
             refused: self.refused.load(Ordering::Relaxed),
-            missed: self.missed.load(Ordering::Relaxed),
+            awaited: self
+                .awaited
+                .load(Ordering::Relaxed)
+                .saturating_sub(self.awaited_answered.load(Ordering::Relaxed)),
             last_error: self.last_error.lock().expect("nothing panics while it is held").clone(),
         }
     }
@@ -129,7 +140,6 @@ pub(super) async fn keep(
             Ok(()) => {
                 if !counters.exists.swap(true, Ordering::Relaxed) {
                     info!(%node, "the log's stream is there");
-                    counters.came_to_be().await;
                 }
                 delay = FIRST_RETRY;
                 sleep(LOOK_AFTER).await;

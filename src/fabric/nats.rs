@@ -137,7 +137,7 @@ impl Fabric {
         {
             subscribers.push(self.subscribe(subject).await?);
         }
-        let mut acks = self.subscribe(&self.ack_subject).await?;
+        let mut acks = self.subscribe(&format!("{}.*", self.ack_subject)).await?;
         let hellos = self.subscribe(subjects::ALL_HELLOS).await?;
         self.flush().await?;
         let (drops, log) = (self.drops.clone(), self.log.clone());
@@ -187,9 +187,12 @@ impl Fabric {
         if !self.connected() {
             return Err(FabricError::NotConnected);
         }
+        let awaited = logged && self.log.awaits();
         let publish = async {
             if logged {
-                self.client.publish_with_reply(subject, self.ack_subject.clone(), payload).await
+                let answer = if awaited { log_stream::AWAITED } else { log_stream::UNAWAITED };
+                let reply = format!("{}{answer}", self.ack_subject);
+                self.client.publish_with_reply(subject, reply, payload).await
             } else {
                 self.client.publish(subject, payload).await
             }
@@ -199,7 +202,7 @@ impl Fabric {
             Ok(Err(_)) => Err(FabricError::NotConnected),
             Ok(Ok(())) => {
                 if logged {
-                    self.log.published();
+                    self.log.published(awaited);
                 }
                 Ok(())
             }
