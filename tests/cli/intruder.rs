@@ -113,9 +113,12 @@ fn secrets_stay_in_files_of_the_owner() {
         // The server's program itself knows the words.
         let programs = node.state_dir().join("bin");
         for file in files(&node.state_dir()).into_iter().filter(|f| !f.starts_with(&programs)) {
-            let bytes = String::from_utf8_lossy(&std::fs::read(&file).unwrap()).into_owned();
+            // Servers replace files while they run.
+            let Ok(bytes) = std::fs::read(&file) else { continue };
+            let bytes = String::from_utf8_lossy(&bytes).into_owned();
             let is_secret = secrets.iter().any(|s| bytes.contains(s)) || bytes.contains("PRIVATE KEY");
-            assert!(!is_secret || mode(&file) == 0o600, "{}", file.display());
+            let private = std::fs::metadata(&file).is_ok_and(|m| m.permissions().mode() & 0o777 == 0o600);
+            assert!(!is_secret || private || !file.exists(), "{}", file.display());
         }
         let status = node.status().to_string();
         let text = String::from_utf8(node.run(&["status"]).stdout).unwrap();
