@@ -1,5 +1,5 @@
-//! The figures that README and ARCHITECTURE state, each against its baseline in the same run:
-//! `cargo bench --bench figures`, with names of measurements as arguments to run only those.
+//! The figures of this release, each against its baseline in the same run: `cargo bench --bench figures`, with names of
+//! measurements (`capture`, `start`, `bulk`, `lag`) as arguments to run only those.
 
 #[path = "../support/mod.rs"]
 mod support;
@@ -13,7 +13,14 @@ use support::Node;
 const ROUNDS: usize = 5;
 const SCHEMA: &str = "CREATE TABLE t(id INTEGER PRIMARY KEY, a TEXT, b INTEGER, c REAL)";
 
+/// The argument that makes this program a writer of the capture figures.
+const WRITER: &str = "--writer";
+
 fn main() {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    if args.first().is_some_and(|a| a == WRITER) {
+        return write_block(&args[1..]);
+    }
     let wanted: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
     let run = |name: &str, measure: fn()| {
         if wanted.is_empty() || wanted.iter().any(|w| name.contains(w.as_str())) {
@@ -57,45 +64,64 @@ fn transactions(conn: &mut Connection, first: i64, count: i64, size: i64, sql: &
 const INSERT: &str = "INSERT INTO t VALUES(?1, ?2, ?3, ?4)";
 const UPDATE: &str = "UPDATE t SET a = ?2 || 'x', b = ?3 + 1, c = ?4 WHERE id = ?1";
 
-/// What capture costs an application: the node is stopped, the triggers are there. Short blocks take turns, so that
-/// whatever else the machine does meets both alike.
+/// What capture costs an application: the node is stopped, the triggers are there. Processes take turns, each with one
+/// file, as applications are: connections of one process share a page cache, which would hide a part of the cost.
 fn capture() {
-    const BLOCKS: i64 = 25;
+    const TURNS: i64 = 9;
     let dir = tempfile::tempdir().unwrap();
-    let mut bare = open(&dir.path().join("bare.db"));
-    bare.execute_batch(SCHEMA).unwrap();
+    let bare = dir.path().join("bare.db");
+    open(&bare).execute_batch(SCHEMA).unwrap();
     let mut node = Node::new(dir.path(), "n", &["app.db"]);
     node.exec("app.db", SCHEMA);
     node.start(None).stop();
-    let mut captured = open(&node.file("app.db"));
-    let kinds = [("insert bulk", 20, 1_000, INSERT), ("insert single", 400, 1, INSERT)];
-    let kinds = kinds.iter().chain(&[("update bulk", 20, 1_000, UPDATE), ("update single", 400, 1, UPDATE)]);
-    for (name, count, size, sql) in kinds {
-        let mut ratios = Vec::new();
+    let captured = node.file("app.db");
+    for (name, count, size) in [
+        ("insert bulk", 60, 1_000),
+        ("insert single", 2_000, 1),
+        ("update bulk", 60, 1_000),
+        ("update single", 2_000, 1),
+    ] {
+        let (mut wall, mut cpu) = (Vec::new(), Vec::new());
         let apart = if name.contains("single") { 10_000_000 } else { 0 };
-        let mut cpu = Vec::new();
-        for block in 0..BLOCKS {
-            let first = apart + block * count * size;
-            let timed = |conn: &mut Connection| {
-                let before = cpu_time();
-                let rate = transactions(conn, first, *count, *size, sql);
-                (rate, 1.0 / (cpu_time() - before).as_secs_f64())
-            };
-            let (base, with) = if block % 2 == 0 {
-                let base = timed(&mut bare);
-                (base, timed(&mut captured))
+        for turn in 0..TURNS {
+            let first = apart + turn * count * size;
+            let timed = |path: &Path| writer_process(path, name, first, count, size);
+            let (base, with) = if turn % 2 == 0 {
+                let base = timed(&bare);
+                (base, timed(&captured))
             } else {
-                let with = timed(&mut captured);
-                (timed(&mut bare), with)
+                let with = timed(&captured);
+                (timed(&bare), with)
             };
-            ratios.push(with.0 / base.0);
-            cpu.push(with.1 / base.1);
+            wall.push(base.0 / with.0);
+            cpu.push(base.1 / with.1);
         }
-        let (wall, cpu) = (median(ratios), median(cpu));
+        let (wall, cpu) = (median(wall), median(cpu));
         println!("capture, {name}: {wall:.2} of bare SQLite's rate; {cpu:.2} by processor time alone");
     }
-    let logged: i64 = captured.query_row("SELECT count(*) FROM __litemesh_log", [], |r| r.get(0)).unwrap();
-    assert_eq!(logged, 2 * BLOCKS * (20 * 1_000 + 400), "every write was captured");
+    let logged: i64 =
+        open(&captured).query_row("SELECT count(*) FROM __litemesh_log", [], |r| r.get(0)).unwrap();
+    assert_eq!(logged, 2 * TURNS * (60 * 1_000 + 2_000), "every write was captured");
+}
+
+/// Runs [`write_block`] in a process of its own; returns seconds by the clock and of processor time.
+fn writer_process(path: &Path, kind: &str, first: i64, count: i64, size: i64) -> (f64, f64) {
+    let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+    command.arg(WRITER).arg(path).arg(kind).args([first, count, size].map(|n| n.to_string()));
+    let output = command.output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let (wall, cpu) = text.trim().split_once(' ').expect("two times");
+    (wall.parse().unwrap(), cpu.parse().unwrap())
+}
+
+/// What the process of [`writer_process`] does.
+fn write_block(args: &[String]) {
+    let number = |i: usize| args[i].parse::<i64>().unwrap();
+    let mut conn = open(Path::new(&args[0]));
+    let sql = if args[1].starts_with("insert") { INSERT } else { UPDATE };
+    let (started, before) = (Instant::now(), cpu_time());
+    transactions(&mut conn, number(2), number(3), number(4), sql);
+    println!("{} {}", started.elapsed().as_secs_f64(), (cpu_time() - before).as_secs_f64());
 }
 
 /// The processor time this process has used.
