@@ -1,21 +1,20 @@
 //! `litemesh check`: reads a file's schema and tells what is fragile in it. Invariant: the file is opened for reading
 //! only, and nothing in it changes.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::PoisonError;
 
 use rusqlite::Connection;
 use rusqlite::config::DbConfig;
-use rusqlite::hooks::{AuthAction, AuthContext, Authorization};
 use serde::Serialize;
 
 use super::args::CheckArgs;
 use crate::core::lint::{Facts, Finding, ForeignKey, Severity, TriggerFacts, TriggerWrites, lint};
-use crate::core::schema::{KeyKind, Table};
+use crate::core::schema::Table;
 use crate::core::sqltext::{ident, list};
-use crate::sqlite::introspect::{self, AppTrigger, Schema};
+use crate::sqlite::introspect::{self, AppTrigger, Schema, firing_statements, with_trigger_writes};
 use crate::sqlite::{OpenError, open_read_only};
 
 /// The width of a finding's text without its indentation.
@@ -209,25 +208,10 @@ fn triggers(conn: &Connection, schema: &Schema, views: &[String]) -> rusqlite::R
     if schema.triggers.is_empty() {
         return Ok(Vec::new());
     }
-    let seen: Arc<Mutex<BTreeMap<String, BTreeSet<String>>>> = Arc::default();
-    let sink = Arc::clone(&seen);
-    conn.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_TRIGGER, true)?;
-    conn.authorizer(Some(move |ctx: AuthContext<'_>| {
-        let table = match ctx.action {
-            AuthAction::Insert { table_name } | AuthAction::Delete { table_name } => Some(table_name),
-            AuthAction::Update { table_name, .. } => Some(table_name),
-            _ => None,
-        };
-        if let (Some(table), Some(trigger)) = (table, ctx.accessor) {
-            let mut seen = sink.lock().unwrap_or_else(PoisonError::into_inner);
-            seen.entry(trigger.to_owned()).or_default().insert(table.to_lowercase());
-        }
-        Authorization::Allow
-    }));
-    let failures = compile_writes(conn, schema, views);
-    conn.authorizer(None::<fn(AuthContext<'_>) -> Authorization>);
-    conn.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_TRIGGER, false)?;
-    let seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
+    let (failures, seen) = with_trigger_writes(conn, |sink| {
+        let failures = compile_writes(conn, schema, views);
+        (failures, sink.lock().unwrap_or_else(PoisonError::into_inner).clone())
+    })?;
     let facts = |t: &AppTrigger| {
         let writes = match (seen.get(&t.name), failures.get(&t.table.to_lowercase())) {
             // What was seen before a failure may not be all.
@@ -254,16 +238,7 @@ fn compile_writes(conn: &Connection, schema: &Schema, views: &[String]) -> BTree
         }
     };
     for table in schema.tables.iter().filter(|t| on(&t.name, "")) {
-        let name = ident(&table.name);
-        let key = if table.key_kind == KeyKind::Rowid { &[][..] } else { &table.key[..] };
-        let all = (table.columns.iter().map(|c| ident(&c.name))).chain(key.iter().map(|k| k.sql.clone()));
-        let set = list(all, |c| format!("{c} = {c}"));
-        let texts = [
-            format!("INSERT INTO {name} DEFAULT VALUES"),
-            format!("UPDATE {name} SET {set}"),
-            format!("DELETE FROM {name}"),
-        ];
-        compile(&table.name, &texts);
+        compile(&table.name, &firing_statements(table));
     }
     for view in views {
         let events = ["INSERT", "UPDATE", "DELETE"];

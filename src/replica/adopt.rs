@@ -2,10 +2,8 @@
 //! without a trace. Invariant: nothing of the application's is touched.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 
-use rusqlite::config::DbConfig;
-use rusqlite::hooks::{AuthAction, AuthContext, Authorization};
 use rusqlite::{Connection, OptionalExtension};
 
 use super::Result;
@@ -15,7 +13,7 @@ use crate::core::capture::{
     FILE_FORMAT, OP_DELETE, OP_INSERT, PREFIX, TABLES, create_state_table, state_table, triggers,
 };
 use crate::core::merge::ColumnId;
-use crate::core::schema::{KeyKind, Table};
+use crate::core::schema::Table;
 use crate::core::sqltext::{ident, list, trigger_body};
 use crate::core::version::SiteId;
 use crate::sqlite::introspect::{self, AppTrigger, Schema};
@@ -221,44 +219,20 @@ fn log_difference(conn: &Connection, table: &Table) -> Result<()> {
 
 /// What each trigger of the application writes: trigger -> tables.
 fn trigger_writes(conn: &Connection, schema: &Schema) -> Result<BTreeMap<String, BTreeSet<String>>> {
-    let sink: Arc<Mutex<BTreeMap<String, BTreeSet<String>>>> = Arc::default();
-    let seen = Arc::clone(&sink);
-    let mut writes: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
-    conn.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_TRIGGER, true)?;
-    conn.authorizer(Some(move |ctx: AuthContext<'_>| {
-        let table = match ctx.action {
-            AuthAction::Insert { table_name } | AuthAction::Delete { table_name } => Some(table_name),
-            AuthAction::Update { table_name, .. } => Some(table_name),
-            _ => None,
-        };
-        if let (Some(table), Some(trigger), Ok(mut seen)) = (table, ctx.accessor, seen.lock()) {
-            seen.entry(trigger.to_owned()).or_default().insert(table.to_lowercase());
-        }
-        Authorization::Allow
-    }));
-    for table in &schema.tables {
-        let name = ident(&table.name);
-        let key = if table.key_kind == KeyKind::Rowid { &[][..] } else { &table.key[..] };
-        let all = (table.columns.iter().map(|c| ident(&c.name))).chain(key.iter().map(|k| k.sql.clone()));
-        let set = list(all, |c| format!("{c} = {c}"));
-        let texts = [
-            format!("INSERT INTO {name} DEFAULT VALUES"),
-            format!("UPDATE {name} SET {set}"),
-            format!("DELETE FROM {name}"),
-        ];
-        for sql in &texts {
+    let writes = introspect::with_trigger_writes(conn, |sink| {
+        let mut writes: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+        for sql in schema.tables.iter().flat_map(introspect::firing_statements) {
             sink.lock().unwrap_or_else(PoisonError::into_inner).clear();
             // A trigger that needs a function or module only the application has cannot be compiled here, nor run.
-            if conn.prepare(sql).is_ok() {
+            if conn.prepare(&sql).is_ok() {
                 let seen = sink.lock().unwrap_or_else(PoisonError::into_inner);
                 for (trigger, tables) in seen.iter() {
                     writes.entry(trigger.clone()).or_default().extend(tables.iter().cloned());
                 }
             }
         }
-    }
-    conn.authorizer(None::<fn(AuthContext<'_>) -> Authorization>);
-    conn.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_TRIGGER, false)?;
+        writes
+    })?;
     Ok(writes)
 }
 

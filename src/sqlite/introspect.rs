@@ -1,11 +1,16 @@
 //! Reads what a file's schema is. Invariant: it asks SQLite (pragmas), and reads DDL text only for what no pragma
 //! tells: the terms of expression indexes, conditions of partial ones, AUTOINCREMENT.
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rusqlite::config::DbConfig;
+use rusqlite::hooks::{AuthAction, AuthContext, Authorization};
 use rusqlite::{Connection, Result};
 
 use crate::core::capture::PREFIX;
 use crate::core::schema::{Affinity, Column, KeyColumn, KeyKind, ROWID_KEY, Table, UniqueIndex};
-use crate::core::sqltext::{ident, index_parts, tokens};
+use crate::core::sqltext::{ident, index_parts, list, tokens};
 
 /// Something in a file that is not replicated as rows.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -64,6 +69,46 @@ pub fn read(conn: &Connection) -> Result<Schema> {
     })?;
     schema.triggers = rows.collect::<Result<_>>()?;
     Ok(schema)
+}
+
+/// What triggers write, as seen so far: trigger -> tables in lower case.
+pub type TriggerSink = Arc<Mutex<BTreeMap<String, BTreeSet<String>>>>;
+
+/// Runs `compile` with triggers on and an authorizer that notes, of every statement compiled, which trigger writes
+/// which table. Nothing may be executed meanwhile.
+pub fn with_trigger_writes<T>(conn: &Connection, compile: impl FnOnce(&TriggerSink) -> T) -> Result<T> {
+    let sink = TriggerSink::default();
+    let seen = Arc::clone(&sink);
+    conn.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_TRIGGER, true)?;
+    conn.authorizer(Some(move |ctx: AuthContext<'_>| {
+        let table = match ctx.action {
+            AuthAction::Insert { table_name } | AuthAction::Delete { table_name } => Some(table_name),
+            AuthAction::Update { table_name, .. } => Some(table_name),
+            _ => None,
+        };
+        if let (Some(table), Some(trigger)) = (table, ctx.accessor) {
+            let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
+            seen.entry(trigger.to_owned()).or_default().insert(table.to_lowercase());
+        }
+        Authorization::Allow
+    }));
+    let result = compile(&sink);
+    conn.authorizer(None::<fn(AuthContext<'_>) -> Authorization>);
+    conn.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_TRIGGER, false)?;
+    Ok(result)
+}
+
+/// Statements that together fire every trigger of a table when they are compiled.
+pub fn firing_statements(table: &Table) -> [String; 3] {
+    let name = ident(&table.name);
+    let key = if table.key_kind == KeyKind::Rowid { &[][..] } else { &table.key[..] };
+    let all = (table.columns.iter().map(|c| ident(&c.name))).chain(key.iter().map(|k| k.sql.clone()));
+    let set = list(all, |c| format!("{c} = {c}"));
+    [
+        format!("INSERT INTO {name} DEFAULT VALUES"),
+        format!("UPDATE {name} SET {set}"),
+        format!("DELETE FROM {name}"),
+    ]
 }
 
 struct RawColumn {
