@@ -34,6 +34,11 @@ CREATE TABLE IF NOT EXISTS __litemesh_conflicts(id BLOB PRIMARY KEY, tbl TEXT NO
   at_ms INTEGER NOT NULL) WITHOUT ROWID;
 ";
 
+/// Tables of ours that replicate like the application's, without triggers: what writes them logs it.
+pub const REPLICATED: [&str; 1] = [CONFLICTS];
+/// Where the writes that lost are kept.
+pub const CONFLICTS: &str = "__litemesh_conflicts";
+
 /// The name of the table that holds the row states of `table`.
 pub fn state_table(table: &Table) -> String {
     format!("{PREFIX}state_{}", table.id)

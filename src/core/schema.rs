@@ -124,6 +124,11 @@ pub struct Table {
 }
 
 impl Table {
+    /// Whether it is a table of ours.
+    pub fn is_ours(&self) -> bool {
+        self.name.starts_with(super::capture::PREFIX)
+    }
+
     /// The column of this name, whatever its case.
     pub fn column(&self, name: &str) -> Option<&Column> {
         self.columns.iter().find(|c| c.name.eq_ignore_ascii_case(name))

@@ -8,10 +8,11 @@ use super::plan::Plan;
 use super::rows::RowWriter;
 use super::store::Store;
 use super::{ReplicaError, Result};
-use crate::core::capture::{OP_DELETE, OP_INSERT, OP_SUSPECT, OP_UPDATE};
-use crate::core::merge::RowState;
+use crate::core::capture::{OP_DELETE, OP_INSERT, OP_SUSPECT, OP_UPDATE, PREFIX};
+use crate::core::merge::{ColumnId, RowState};
 use crate::core::message::CommitHeader;
 use crate::core::schema::MASK_BITS;
+use crate::core::sqltext::list;
 use crate::core::value::{Value, ValueRef};
 use crate::core::vector::Point;
 use crate::core::version::{SiteId, Version};
@@ -64,6 +65,7 @@ impl Store {
             }
         }
         self.conn.prepare_cached("DELETE FROM __litemesh_log")?.execute([])?;
+        self.unsettled = false;
         self.new_columns.clear();
         let (body, rows) = self.gather(version, base)?;
         if rows == 0 {
@@ -182,6 +184,30 @@ impl Store {
         let rows = writer.rows();
         writer.flush(&mut body)?;
         Ok((body, rows))
+    }
+
+    /// Logs a write of ours as if the application had made it: the next absorb tells the others. Of an update it says
+    /// which columns.
+    pub(super) fn log_own(
+        &mut self,
+        plan: &Plan,
+        key: &[Value],
+        op: i64,
+        columns: &[ColumnId],
+    ) -> Result<()> {
+        let mut masks = vec![0i64; plan.table.mask_count()];
+        columns.iter().for_each(|c| masks[*c as usize / MASK_BITS] |= 1 << (*c as usize % MASK_BITS));
+        let sql = format!(
+            "INSERT INTO {PREFIX}log(tbl, op, ms, {}, {}) VALUES({}, {op}, julianday('now'), {}, {})",
+            list(0..masks.len(), |i| format!("m{i}")),
+            list(0..key.len(), |i| format!("k{i}")),
+            plan.table.id,
+            list(&masks, i64::to_string),
+            list(1..=key.len(), |i| format!("?{i}")),
+        );
+        self.conn.prepare_cached(&sql)?.execute(rusqlite::params_from_iter(key))?;
+        self.unsettled |= !plan.table.is_ours();
+        Ok(())
     }
 
     /// Gives the commit its number.

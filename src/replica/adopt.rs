@@ -10,7 +10,7 @@ use super::Result;
 use super::plan::Plan;
 use super::store::Store;
 use crate::core::capture::{
-    FILE_FORMAT, OP_DELETE, OP_INSERT, PREFIX, TABLES, create_state_table, state_table, triggers,
+    FILE_FORMAT, OP_DELETE, OP_INSERT, PREFIX, REPLICATED, TABLES, create_state_table, state_table, triggers,
 };
 use crate::core::merge::ColumnId;
 use crate::core::schema::Table;
@@ -65,9 +65,9 @@ pub fn detach(conn: &Connection) -> rusqlite::Result<()> {
 /// Reads the schema, registers what is new, puts back triggers that are missing.
 pub(super) fn refresh(store: &mut Store) -> Result<()> {
     let schema = introspect::read(&store.conn)?;
+    let mut plans = our_plans(&store.conn)?;
     // Absent: the first look at a new file. 0: taken in from a copy, whose tables are known but have no triggers yet.
     let adopted = Store::meta::<i64>(&store.conn, "adopted")?;
-    let mut plans = Vec::new();
     for mut table in schema.tables.clone() {
         if !(store.covers)(&table.name) {
             remove_triggers(&store.conn, &table.name)?;
@@ -100,10 +100,23 @@ pub(super) fn refresh(store: &mut Store) -> Result<()> {
     if adopted != Some(1) {
         Store::set_meta(&store.conn, "adopted", 1)?;
     }
-    let replicated = store.plans.iter().map(|p| p.table.name.to_lowercase()).collect();
+    let replicated = store.plans().map(|p| p.table.name.to_lowercase()).collect();
     let notes = place_temp_triggers(&store.conn, &schema, &replicated)?;
     store.notes.extend(notes);
     Ok(())
+}
+
+/// The plans of our own tables that replicate; what an earlier litemesh did not have yet is made.
+fn our_plans(conn: &Connection) -> Result<Vec<Arc<Plan>>> {
+    conn.execute_batch(TABLES)?;
+    let plan = |name: &&str| {
+        let mut table = introspect::read_ours(conn, name)?;
+        register(conn, &mut table)?;
+        widen_log(conn, &table)?;
+        conn.execute_batch(&create_state_table(&table))?;
+        Ok(Arc::new(Plan::new(table)))
+    };
+    REPLICATED.iter().map(plan).collect()
 }
 
 /// A table that the configuration leaves out now may have been replicated before.

@@ -11,6 +11,7 @@ use super::conflict::losses;
 use super::plan::Plan;
 use super::store::Store;
 use super::{ReplicaError, Result};
+use crate::core::capture::PREFIX;
 use crate::core::frame::{Frame, RowBuffer, Section, WireError};
 use crate::core::merge::{Row, RowState, merge};
 use crate::core::message::CommitHeader;
@@ -114,7 +115,8 @@ impl Store {
         they_saw: &dyn Fn(Version) -> bool,
         deferred: &mut Vec<Deferred>,
     ) -> Result<u64> {
-        let target = if (self.covers)(section.table) { Some(self.target(&section)?) } else { None };
+        let wanted = section.table.starts_with(PREFIX) || (self.covers)(section.table);
+        let target = if wanted { Some(self.target(&section)?) } else { None };
         let (mut row, mut rows) = (RowBuffer::default(), 0);
         while let Some((birth, dead)) = section.next_row(&mut row)? {
             rows += 1;
@@ -199,6 +201,8 @@ impl Store {
     ) -> Result<()> {
         let (ours, present) = self.local_row(plan, key)?;
         let merged = match &ours {
+            // What is kept of a conflict, and the like, is no conflict.
+            Some(ours) if plan.table.is_ours() => merge(ours, theirs),
             Some(ours) => {
                 let vector = &self.head.vector;
                 for loss in losses(ours, theirs, they_saw, &|v| vector.covers(v)) {

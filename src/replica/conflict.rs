@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use super::Result;
 use super::plan::Plan;
 use super::store::Store;
+use crate::core::capture::{CONFLICTS, OP_INSERT};
 use crate::core::merge::{ColumnId, Row};
 use crate::core::value::{Value, ValueRef};
 use crate::core::version::Version;
@@ -106,7 +107,7 @@ fn column_losses(
 
 impl Store {
     /// Keeps a loser. The same conflict, seen again or on another node, is the same entry.
-    pub(super) fn keep_conflict(&self, plan: &Plan, key: &[ValueRef<'_>], loss: &Loss) -> Result<()> {
+    pub(super) fn keep_conflict(&mut self, plan: &Plan, key: &[ValueRef<'_>], loss: &Loss) -> Result<()> {
         let key = json_array(key.iter().copied());
         let version = |v: Version| format!("{:016x}-{}", v.hlc.0, v.site);
         let (winner, loser) = (version(loss.winner), version(loss.loser));
@@ -124,7 +125,11 @@ impl Store {
         let id = &id.as_bytes()[..16];
         let params =
             rusqlite::params![id, plan.table.name, key, loss.kind.word(), values, winner, loser, at_ms];
-        self.conn.prepare_cached(sql)?.execute(params)?;
+        if self.conn.prepare_cached(sql)?.execute(params)? > 0
+            && let Some(conflicts) = self.plan(CONFLICTS)
+        {
+            self.log_own(&conflicts, &[Value::Blob(id.to_vec())], OP_INSERT, &[])?;
+        }
         Ok(())
     }
 }

@@ -59,7 +59,7 @@ impl Store {
                 applied.count += 1;
                 // A unique conflict was settled by a write of ours: it is absorbed before anything else meets the
                 // rows it changed.
-                if store.has_log()? {
+                if store.unsettled {
                     break;
                 }
             }

@@ -30,6 +30,8 @@ pub struct Store {
     pub(super) covers: TableFilter,
     /// Columns that tables got since the triggers that wrote the log were made.
     pub(super) new_columns: HashMap<i64, Vec<ColumnId>>,
+    /// Whether applying rows changed others by a write of ours, which must be absorbed before more rows meet them.
+    pub(super) unsettled: bool,
 }
 
 /// Whether a table of this name is replicated.
@@ -72,6 +74,7 @@ impl Store {
             null_keys: 0,
             covers,
             new_columns: HashMap::new(),
+            unsettled: false,
         };
         store.write(|store| store.refresh_schema(false))?;
         Ok(store)
@@ -82,9 +85,9 @@ impl Store {
         &self.head
     }
 
-    /// The replicated tables.
-    pub fn plans(&self) -> &[Arc<Plan>] {
-        &self.plans
+    /// The application's replicated tables.
+    pub fn plans(&self) -> impl Iterator<Item = &Arc<Plan>> {
+        self.plans.iter().filter(|p| !p.table.is_ours())
     }
 
     /// The file's path, as SQLite knows it.
@@ -135,6 +138,7 @@ impl Store {
             self.sites = Sites::load(&self.conn)?;
             // The schema is read again by the next transaction.
             self.schema_version = -1;
+            self.unsettled = false;
         }
         result
     }

@@ -12,9 +12,9 @@ use super::conflict::{Kind, Loss};
 use super::plan::Plan;
 use super::store::Store;
 use super::{ReplicaError, Result};
-use crate::core::capture::{OP_DELETE, OP_UPDATE, PREFIX};
+use crate::core::capture::{OP_DELETE, OP_UPDATE};
 use crate::core::merge::Row;
-use crate::core::schema::{Column, MASK_BITS};
+use crate::core::schema::Column;
 use crate::core::sqltext::{ident, list};
 use crate::core::value::{Value, ValueRef};
 use crate::core::version::Version;
@@ -113,27 +113,12 @@ impl Store {
             let mut without = row.clone();
             without.values.insert(column.id, Value::Null);
             match self.insert_row(plan, &refs(key), &without) {
-                Ok(()) => return self.log_own(plan, key, OP_UPDATE, Some(column.id)),
+                Ok(()) => return self.log_own(plan, key, OP_UPDATE, &[column.id]),
                 Err(ReplicaError::Sqlite(e)) if is_unique_violation(&e) => {}
                 Err(e) => return Err(e),
             }
         }
-        self.log_own(plan, key, OP_DELETE, None)
-    }
-
-    /// Notes a write of ours as if the application had made it.
-    fn log_own(&self, plan: &Plan, key: &[Value], op: i64, column: Option<u32>) -> Result<()> {
-        let (word, bit) =
-            column.map_or((0, None), |c| (c as usize / MASK_BITS, Some(c as usize % MASK_BITS)));
-        let sql = format!(
-            "INSERT INTO {PREFIX}log(tbl, op, ms, m{word}, {}) VALUES({}, {op}, julianday('now'), {}, {})",
-            list(0..key.len(), |i| format!("k{i}")),
-            plan.table.id,
-            bit.map_or(0, |b| 1i64 << b),
-            list(1..=key.len(), |i| format!("?{i}")),
-        );
-        self.conn.prepare_cached(&sql)?.execute(rusqlite::params_from_iter(key))?;
-        Ok(())
+        self.log_own(plan, key, OP_DELETE, &[])
     }
 }
 

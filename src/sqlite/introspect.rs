@@ -71,6 +71,11 @@ pub fn read(conn: &Connection) -> Result<Schema> {
     Ok(schema)
 }
 
+/// Reads one table of ours, all of which are STRICT in spirit and WITHOUT ROWID.
+pub fn read_ours(conn: &Connection, name: &str) -> Result<Table> {
+    read_table(conn, name.to_owned(), true, false)
+}
+
 /// What triggers write, as seen so far: trigger -> tables in lower case.
 pub type TriggerSink = Arc<Mutex<BTreeMap<String, BTreeSet<String>>>>;
 
