@@ -1,7 +1,7 @@
 //! The triggers and tables that litemesh puts into an application's file. Invariant: they work in any connection:
 //! no extension, `trusted_schema=OFF`, and nothing newer than SQLite 3.8.2.
 
-use super::schema::{Affinity, KeyKind, MASK_BITS, Table};
+use super::schema::{Affinity, KeyKind, MASK_BITS, Table, UniqueIndex};
 use super::sqltext::{ident, list, with_row};
 
 /// What everything of ours in a file is called.
@@ -138,16 +138,39 @@ fn column_changed(name: &str, affinity: Affinity) -> String {
     }
 }
 
+/// Sources of NULL under the names of columns that an ALTER TABLE may take away, for `rows` such as OLD and NEW. SQLite
+/// looks a name up from the inside out: while the column is there, an expression in a subquery of its own finds it in
+/// the row; when it is gone, it finds the NULL here. Without this, SQLite refuses DROP COLUMN because of our triggers,
+/// and one that got by would fail each later write. `__litemesh_clock` always has exactly one row.
+fn fallback(columns: &[&str], rows: &[&str]) -> String {
+    let nulls = if columns.is_empty() {
+        "NULL".to_owned()
+    } else {
+        list(columns, |c| format!("NULL AS {}", ident(c)))
+    };
+    list(rows, |r| format!("(SELECT {nulls} FROM {PREFIX}clock) AS {r}"))
+}
+
 fn update_trigger(table: &Table) -> (String, String) {
     let name = trigger_name(table, "u");
     let mut masks = vec![Vec::new(); table.mask_count()];
     for c in &table.columns {
         let (word, bit) = (c.id as usize / MASK_BITS, c.id as usize % MASK_BITS);
-        let changed = column_changed(&c.name, c.affinity);
-        masks[word].push(if bit == 0 { changed } else { format!("({changed} << {bit})") });
+        // The number in the comment stays when SQLite rewrites the names: so a column that was renamed is known again.
+        let changed = format!("/*{}*/ {}", c.id, column_changed(&c.name, c.affinity));
+        let text = if bit == 0 { changed } else { format!("({changed} << {bit})") };
+        masks[word].push((c.name.as_str(), text));
     }
     let mask_columns = list(0..masks.len(), |i| format!("m{i}"));
-    let mask_values = list(&masks, |m| if m.is_empty() { "0".to_owned() } else { m.join(" | ") });
+    let mask_values = list(&masks, |m| {
+        let (names, texts): (Vec<&str>, Vec<&str>) = m.iter().map(|(n, t)| (*n, t.as_str())).unzip();
+        match names.is_empty() {
+            true => "0".to_owned(),
+            false => {
+                format!("(SELECT (SELECT {}) FROM {})", texts.join(" | "), fallback(&names, &["old", "new"]))
+            }
+        }
+    });
     let key_columns = list(0..table.key.len(), |i| format!("k{i}"));
     let key_values = list(&table.key, |k| format!("NEW.{}", k.sql));
     let sql = format!(
@@ -165,43 +188,39 @@ fn displace_triggers(table: &Table) -> Vec<(String, String)> {
         .chain(table.key.iter().map(|k| k.name.as_str()))
         .chain(table.generated.iter().map(String::as_str))
         .collect();
+    let on = ident(&table.name);
+    let missing: Vec<&str> = (table.columns.iter().map(|c| c.name.as_str()))
+        .chain(table.generated.iter().map(String::as_str))
+        .collect();
+    let equal = |unique: &UniqueIndex| {
+        let terms = (unique.terms.iter())
+            .map(|t| format!("{} = {}", with_row(t, &columns, "t"), with_row(t, &columns, "NEW")));
+        terms.collect::<Vec<_>>().join(" AND ")
+    };
     let key_columns = list(0..table.key.len(), |i| format!("k{i}"));
-    let key_values = list(&table.key, |k| format!("t.{}", k.sql));
     let notes: String = (table.uniques.iter())
         .map(|unique| {
-            let equal: Vec<String> = (unique.terms.iter())
-                .map(|t| format!("{} = {}", with_row(t, &columns, "t"), with_row(t, &columns, "NEW")))
-                .chain(unique.condition.iter().map(|c| format!("({})", with_row(c, &columns, "t"))))
-                .chain(unique.condition.iter().map(|c| format!("({})", with_row(c, &columns, "NEW"))))
-                .collect();
+            let conditions = (unique.condition.iter())
+                .flat_map(|c| ["t", "NEW"].map(|row| format!(" AND ({})", with_row(c, &columns, row))));
+            let found = format!("{}{}", equal(unique), conditions.collect::<String>());
+            // At most one row has the unique value; without one the key is NULL, and absorb passes over it.
+            let keys = list(&table.key, |k| format!("(SELECT t.{} FROM {on} AS t WHERE {found})", k.sql));
             format!(
-                "INSERT INTO {PREFIX}log(tbl, op, ms, {key_columns}) SELECT {}, {OP_SUSPECT}, {NOW}, {key_values} \
-                 FROM {} AS t WHERE {};",
+                "INSERT INTO {PREFIX}log(tbl, op, ms, {key_columns}) SELECT {}, {OP_SUSPECT}, {NOW}, {keys} FROM {};",
                 table.id,
-                ident(&table.name),
-                equal.join(" AND ")
+                fallback(&missing, &["t", "new"])
             )
         })
         .collect();
     let exists = |row: &str| {
         let same = table.key.iter().map(|k| format!("t.{0} IS {row}.{0}", k.sql)).collect::<Vec<_>>();
-        (table.uniques.iter())
-            .map(|unique| {
-                let equal = (unique.terms.iter())
-                    .map(|t| format!("{} = {}", with_row(t, &columns, "t"), with_row(t, &columns, "NEW")));
-                let equal: Vec<_> = equal.collect();
-                format!(
-                    "EXISTS(SELECT 1 FROM {} AS t WHERE {} AND NOT ({}))",
-                    ident(&table.name),
-                    equal.join(" AND "),
-                    same.join(" AND ")
-                )
-            })
-            .collect::<Vec<_>>()
-            .join(" OR ")
+        let same = same.join(" AND ");
+        let any = (table.uniques.iter())
+            .map(|u| format!("EXISTS(SELECT 1 FROM {on} AS t WHERE {} AND NOT ({same}))", equal(u)));
+        let any = any.collect::<Vec<_>>().join(" OR ");
+        format!("(SELECT (SELECT {any}) FROM {})", fallback(&missing, &["t", "old", "new"]))
     };
     let (before_insert, before_update) = (trigger_name(table, "ri"), trigger_name(table, "ru"));
-    let on = ident(&table.name);
     // Plain indexes can only be met by an update that names their columns.
     let plain = table.uniques.iter().map(|u| u.columns.as_ref().filter(|_| u.condition.is_none()));
     let of = match plain.collect::<Option<Vec<_>>>() {

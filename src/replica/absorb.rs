@@ -124,11 +124,11 @@ impl Store {
         let keys = plan.table.key.len();
         while let Some(row) = rows.next()? {
             let key = (1..=keys).map(|i| get(row, i)).collect::<rusqlite::Result<Vec<_>>>()?;
+            let op: i64 = row.get(0)?;
             if key.iter().any(|k| matches!(k, ValueRef::Null)) {
-                self.null_keys += 1;
+                self.null_keys += u64::from(op != OP_SUSPECT);
                 continue;
             }
-            let op: i64 = row.get(0)?;
             let columns = || -> rusqlite::Result<Vec<u32>> {
                 let masks = (0..plan.table.mask_count()).map(|i| row.get::<_, Option<i64>>(1 + keys + i));
                 let masks = masks.collect::<rusqlite::Result<Vec<_>>>()?;
