@@ -94,6 +94,7 @@ pub async fn run(config: Config, started: impl FnOnce(&Started)) -> Result<()> {
         router: &router,
         outgoing,
         journal: config.journal,
+        schema: config.schema,
         tables: config.tables.clone(),
         has_members: !fabric.members().is_empty(),
         joins,

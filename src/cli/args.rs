@@ -161,6 +161,9 @@ pub struct UpArgs {
     /// The journal of the SQLite files [default: wal].
     #[arg(long, value_enum)]
     pub journal: Option<JournalArg>,
+    /// What happens to CREATE, ALTER and DROP [default: replicate].
+    #[arg(long, value_enum)]
+    pub schema: Option<SchemaArg>,
     /// Replicate only tables that match one of these globs (may be given several times).
     #[arg(long, value_name = "TABLE_GLOB")]
     pub include: Vec<String>,
@@ -182,6 +185,15 @@ pub enum JournalArg {
     Keep,
 }
 
+/// What happens to changes of the schema.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum SchemaArg {
+    /// They reach every node.
+    Replicate,
+    /// You run the same migration on every node; rows wait for it.
+    Manual,
+}
+
 impl UpArgs {
     /// The options that were given, as the topmost source of the configuration.
     pub fn raw(&self) -> Raw {
@@ -189,6 +201,10 @@ impl UpArgs {
         let journal = self.journal.map(|j| match j {
             JournalArg::Wal => "wal".to_owned(),
             JournalArg::Keep => "keep".to_owned(),
+        });
+        let schema = self.schema.map(|s| match s {
+            SchemaArg::Replicate => "replicate".to_owned(),
+            SchemaArg::Manual => "manual".to_owned(),
         });
         Raw {
             databases: list(&self.databases),
@@ -201,6 +217,7 @@ impl UpArgs {
             join: self.join.clone(),
             join_file: self.join_file.clone(),
             journal,
+            schema,
             include: list(&self.include),
             exclude: list(&self.exclude),
             log: self.log.clone(),

@@ -12,7 +12,7 @@ use super::ConfigError;
 pub const ENV_PREFIX: &str = "LITEMESH_";
 
 /// The options, by their names in the file.
-pub const KEYS: [&str; 13] = [
+pub const KEYS: [&str; 14] = [
     "databases",
     "name",
     "state_dir",
@@ -23,6 +23,7 @@ pub const KEYS: [&str; 13] = [
     "join",
     "join_file",
     "journal",
+    "schema",
     "include",
     "exclude",
     "log",
@@ -56,6 +57,8 @@ pub struct Raw {
     pub join_file: Option<PathBuf>,
     /// `wal` or `keep`.
     pub journal: Option<String>,
+    /// `replicate` or `manual`.
+    pub schema: Option<String>,
     /// Globs of tables to replicate.
     pub include: Option<Vec<String>>,
     /// Globs of tables to leave out.
@@ -150,6 +153,7 @@ impl Raw {
             "http" => self.http = text(),
             "join" => self.join = text(),
             "journal" => self.journal = text(),
+            "schema" => self.schema = text(),
             "log" => self.log = text(),
             _ => {}
         }
@@ -181,6 +185,7 @@ impl Raw {
             join,
             join_file,
             journal: self.journal.or(below.journal),
+            schema: self.schema.or(below.schema),
             include: self.include.or(below.include),
             exclude: self.exclude.or(below.exclude),
             log: self.log.or(below.log),

@@ -12,6 +12,7 @@ use super::databases;
 use super::raw::{Raw, nearest};
 use super::{ConfigError, Surroundings};
 use crate::core::names::{DbName, MAX_NAME_LEN, NodeName};
+use crate::core::schema::SchemaMode;
 
 /// Where peers are listened for by default.
 pub const DEFAULT_CLUSTER: &str = "0.0.0.0:6222";
@@ -122,6 +123,8 @@ pub struct Config {
     pub join: Option<Join>,
     /// What to do with journal modes.
     pub journal: Journal,
+    /// What happens to changes of the schema.
+    pub schema: SchemaMode,
     /// Which tables are replicated.
     pub tables: TableFilter,
     /// A filter for the log, in the syntax of `tracing_subscriber::EnvFilter`.
@@ -151,6 +154,7 @@ pub fn validate(raw: Raw, around: &Surroundings) -> Result<Config, ConfigError> 
         http,
         join,
         journal: journal(raw.journal.as_deref())?,
+        schema: schema(raw.schema.as_deref())?,
         tables: TableFilter {
             include: globs("include", raw.include)?,
             exclude: globs("exclude", raw.exclude)?,
@@ -231,6 +235,17 @@ fn node_name(given: Option<&str>, around: &Surroundings) -> Result<NodeName, Con
     let fit = |c: char| if c.is_ascii_alphanumeric() || c == '_' { c } else { '-' };
     let made: String = short.chars().map(fit).take(MAX_NAME_LEN).collect();
     made.trim_matches('-').parse().map_err(|_| ConfigError::HostName(host.to_owned()))
+}
+
+fn schema(given: Option<&str>) -> Result<SchemaMode, ConfigError> {
+    match given.map(str::trim) {
+        None | Some("replicate") => Ok(SchemaMode::Replicate),
+        Some("manual") => Ok(SchemaMode::Manual),
+        Some(other) => {
+            let reason = "it is \"replicate\" (CREATE, ALTER and DROP reach every node) or \"manual\"";
+            Err(ConfigError::value("schema", other, reason))
+        }
+    }
 }
 
 fn journal(given: Option<&str>) -> Result<Journal, ConfigError> {

@@ -32,10 +32,15 @@ CREATE TABLE IF NOT EXISTS __litemesh_log(seq INTEGER PRIMARY KEY, tbl, op, ms, 
 CREATE TABLE IF NOT EXISTS __litemesh_conflicts(id BLOB PRIMARY KEY, tbl TEXT NOT NULL, key TEXT NOT NULL,
   kind TEXT NOT NULL, loser TEXT NOT NULL, winner_version TEXT NOT NULL, loser_version TEXT NOT NULL,
   at_ms INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS __litemesh_schema(kind TEXT NOT NULL, tbl TEXT NOT NULL, name TEXT NOT NULL,
+  gen INTEGER NOT NULL, gone INTEGER NOT NULL, pos INTEGER NOT NULL, def TEXT NOT NULL, moved TEXT,
+  PRIMARY KEY(kind, tbl, name)) WITHOUT ROWID;
 ";
 
 /// Tables of ours that replicate like the application's, without triggers: what writes them logs it.
-pub const REPLICATED: [&str; 1] = [CONFLICTS];
+pub const REPLICATED: [&str; 2] = [SCHEMA, CONFLICTS];
+/// What the application's tables, columns, indexes, views and triggers are: the schema as it replicates.
+pub const SCHEMA: &str = "__litemesh_schema";
 /// Where the writes that lost are kept.
 pub const CONFLICTS: &str = "__litemesh_conflicts";
 

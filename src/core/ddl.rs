@@ -91,7 +91,7 @@ pub fn normal(sql: &str) -> String {
 }
 
 /// What a column's definition means: two definitions with one shape agree.
-pub fn column_shape(definition: &str, strict: bool) -> String {
+pub fn column_shape(definition: &str) -> String {
     let all: Vec<Token<'_>> = tokens(definition).into_iter().filter(|t| t.kind != Kind::Space).collect();
     let rest = all.get(1..).unwrap_or_default();
     let ends = |t: &Token<'_>| COLUMN_CONSTRAINTS.iter().any(|w| t.is_keyword(w));
@@ -103,7 +103,7 @@ pub fn column_shape(definition: &str, strict: bool) -> String {
     let rowid = key && declared.eq_ignore_ascii_case("INTEGER");
     format!(
         "{:?}{} {}",
-        Affinity::of(&declared, strict),
+        Affinity::of(&declared, false),
         if rowid { " rowid" } else { "" },
         normal(&constraints)
     )
@@ -118,9 +118,13 @@ pub fn table_shape(constraints: &[String], options: &str) -> String {
     format!("{} / {}", parts.join(", "), options.join(", "))
 }
 
-/// Whether the options say STRICT.
-pub fn is_strict(options: &str) -> bool {
-    options.split(',').any(|o| normal(o) == "strict")
+/// The table or view that a `CREATE INDEX` or `CREATE TRIGGER` text is about.
+pub fn on_table(sql: &str) -> Option<String> {
+    let all = tokens(sql);
+    let solid: Vec<&Token<'_>> = all.iter().filter(|t| t.kind != Kind::Space).collect();
+    let on = solid.iter().position(|t| t.is_keyword("ON"))?;
+    let qualified = solid.get(on + 2).is_some_and(|t| t.text == ".");
+    Some(solid.get(on + if qualified { 3 } else { 1 })?.name())
 }
 
 /// Whether a default, as `pragma_table_xinfo` tells it, is the same whenever it is evaluated.
@@ -174,7 +178,7 @@ mod tests {
 
     #[test]
     fn spelling_makes_no_difference_and_meaning_does() {
-        let shape = |d: &str| column_shape(d, false);
+        let shape = |d: &str| column_shape(d);
         assert_eq!(shape("\"Name\" varchar(30) NOT NULL"), shape("name VARCHAR( 99 )  not null"));
         assert_eq!(shape("a TEXT DEFAULT 'x'"), shape("[a] text default /* so */ 'x'"));
         assert_ne!(shape("a TEXT DEFAULT 'x'"), shape("a TEXT DEFAULT 'y'"));

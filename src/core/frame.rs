@@ -1,7 +1,7 @@
 //! Rows on the wire: a frame is a table of versions and sections of rows, MessagePack, compressed when that pays.
 //! Invariant: decoding bytes of a peer never panics and never allocates more than they justify.
 //!
-//! A frame is `flag u8` (0 plain, 1 zstd) and a MessagePack array `[versions, section…]`. A section is
+//! A frame is `flags u8` (1: zstd, else plain; 2: rows of the schema, which come before all others) and a MessagePack array `[versions, section…]`. A section is
 //! `[table, [key column…], [column…], rows as bin]`. A row is a byte of flags, the key's values, then as flagged the
 //! birth, the death and the written columns (indexes into the frame's versions), then, if it is alive, its values.
 
@@ -19,6 +19,9 @@ const COMPRESS_FROM_BYTES: usize = 512;
 /// SQLite's own largest row, and room for what stands around it; a larger frame is refused.
 const MAX_FRAME_BYTES: u64 = 1_100_000_000;
 const ZSTD_LEVEL: i32 = 1;
+
+const PACKED: u8 = 1;
+const OF_SCHEMA: u8 = 2;
 
 const DEAD: u8 = 1;
 const BIRTH: u8 = 2;
@@ -60,6 +63,7 @@ pub struct FrameWriter {
     section_count: u32,
     rows: Vec<u8>,
     head: Vec<u8>,
+    flags: u8,
 }
 
 impl FrameWriter {
@@ -67,7 +71,12 @@ impl FrameWriter {
     pub fn new(default: Version) -> Self {
         let index = HashMap::from([(default, 0)]);
         let (sections, rows, head) = (Vec::new(), Vec::new(), Vec::new());
-        Self { versions: vec![default], index, sections, section_count: 0, rows, head }
+        Self { versions: vec![default], index, sections, section_count: 0, rows, head, flags: 0 }
+    }
+
+    /// Says that the frame's rows are the schema's.
+    pub fn mark_schema(&mut self) {
+        self.flags |= OF_SCHEMA;
     }
 
     /// Starts the rows of a table.
@@ -129,7 +138,7 @@ impl FrameWriter {
     /// The finished frame.
     pub fn finish(mut self) -> Vec<u8> {
         self.end_section();
-        let mut plain = vec![0];
+        let mut plain = vec![self.flags];
         infallible(write_array_len(&mut plain, self.section_count + 1));
         infallible(write_array_len(&mut plain, self.versions.len() as u32 * 2));
         for version in &self.versions {
@@ -141,7 +150,7 @@ impl FrameWriter {
             && let Ok(packed) = zstd::bulk::compress(&plain[1..], ZSTD_LEVEL)
             && packed.len() + 1 < plain.len()
         {
-            let mut frame = vec![1];
+            let mut frame = vec![self.flags | PACKED];
             frame.extend_from_slice(&packed);
             return frame;
         }
@@ -194,12 +203,20 @@ fn write_value(out: &mut Vec<u8>, value: ValueRef<'_>) {
 pub struct Frame(Vec<u8>);
 
 impl Frame {
+    /// Whether a frame as it came over the wire says that its rows are the schema's.
+    pub fn is_of_schema(bytes: &[u8]) -> bool {
+        bytes.first().is_some_and(|flags| flags & OF_SCHEMA != 0)
+    }
+
     /// Unpacks a frame as it came over the wire.
     pub fn open(bytes: &[u8]) -> Result<Self, WireError> {
         match bytes.split_first() {
             None => Err(WireError::Truncated),
-            Some((0, plain)) => Ok(Self(plain.to_vec())),
-            Some((1, packed)) => {
+            Some((flags, _)) if flags & !(PACKED | OF_SCHEMA) != 0 => {
+                Err(WireError::Malformed("an unknown packing"))
+            }
+            Some((flags, plain)) if flags & PACKED == 0 => Ok(Self(plain.to_vec())),
+            Some((_, packed)) => {
                 let malformed = |_| WireError::Malformed("the compressed part does not unpack");
                 let reader = zstd::stream::read::Decoder::new(packed).map_err(malformed)?;
                 let mut plain = Vec::new();
@@ -209,7 +226,6 @@ impl Frame {
                 }
                 Ok(Self(plain))
             }
-            Some(_) => Err(WireError::Malformed("an unknown packing")),
         }
     }
 

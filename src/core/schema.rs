@@ -74,6 +74,19 @@ pub struct Column {
     pub affinity: Affinity,
     /// Whether it must not be NULL.
     pub not_null: bool,
+    /// Whether it has a default.
+    pub has_default: bool,
+}
+
+impl Column {
+    /// What stands in for a value that nobody gave, where neither NULL nor a default can: SQL.
+    pub fn blank(&self) -> Option<&'static str> {
+        match self.affinity {
+            _ if !self.not_null || self.has_default => None,
+            Affinity::Text | Affinity::Blob => Some("''"),
+            _ => Some("0"),
+        }
+    }
 }
 
 /// A UNIQUE constraint or index besides the key.
@@ -138,6 +151,16 @@ impl Table {
     pub fn mask_count(&self) -> usize {
         self.columns.iter().map(|c| c.id as usize / MASK_BITS + 1).max().unwrap_or(1)
     }
+}
+
+/// What happens to changes of the schema.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum SchemaMode {
+    /// They replicate.
+    #[default]
+    Replicate,
+    /// The operator runs the same migration on every node; rows wait for it.
+    Manual,
 }
 
 /// How many columns one mask of the log holds: SQLite's integers have 63 bits without the sign.

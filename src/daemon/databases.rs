@@ -16,6 +16,7 @@ use super::router::Router;
 use super::state_dir::{NodeState, lock_database, new_site};
 use crate::config::{DatabaseSpec, Journal, TableFilter};
 use crate::core::names::DbName;
+use crate::core::schema::SchemaMode;
 use crate::core::sqltext::ident;
 use crate::core::version::SiteId;
 use crate::fabric::link::Outgoing;
@@ -72,6 +73,8 @@ pub struct Starter<'a> {
     pub outgoing: tokio::sync::mpsc::Sender<Outgoing>,
     /// What to do with journal modes.
     pub journal: Journal,
+    /// What happens to changes of the schema.
+    pub schema: SchemaMode,
     /// Which tables are replicated.
     pub tables: TableFilter,
     /// Whether other nodes belong to the mesh, up or not.
@@ -155,7 +158,7 @@ impl Starter<'_> {
         drop(conn);
         let tables = self.tables.clone();
         let covers = move |table: &str| tables.covers(table);
-        Store::open(path, &self.state.spool(), Box::new(covers))
+        Store::open(path, &self.state.spool(), Box::new(covers), self.schema)
             .with_context(|| format!("{}", path.display()))
     }
 

@@ -42,13 +42,11 @@ impl Store {
 
     /// Absorbs within the transaction at hand: every transaction of ours begins with this.
     pub(super) fn absorb_pending(&mut self) -> Result<Option<OwnCommit>> {
-        self.refresh_schema(false)?;
+        self.refresh_schema()?;
         let last = "SELECT seq, ms FROM __litemesh_log ORDER BY seq DESC LIMIT 1";
         let mut statement = self.conn.prepare_cached(last)?;
         let mut rows = statement.query([])?;
         let Some(row) = rows.next()? else {
-            // What is logged from now on is logged by the new triggers.
-            self.new_columns.clear();
             return Ok(None);
         };
         let (max_seq, day) = (row.get::<_, i64>(0)?, row.get::<_, f64>(1).ok());
@@ -66,7 +64,6 @@ impl Store {
         }
         self.conn.prepare_cached("DELETE FROM __litemesh_log")?.execute([])?;
         self.unsettled = false;
-        self.new_columns.clear();
         let (body, rows) = self.gather(version, base)?;
         if rows == 0 {
             self.save_clock()?;
@@ -116,9 +113,7 @@ impl Store {
     }
 
     fn absorb_mixed(&mut self, plan: &Plan, version: Version) -> Result<()> {
-        let Self { conn, sites, head, new_columns, .. } = self;
-        // An update that an older trigger logged may have written a column that the trigger did not know.
-        let unknown = new_columns.get(&plan.table.id).map_or(&[][..], Vec::as_slice);
+        let Self { conn, sites, head, .. } = self;
         let mut statement = conn.prepare_cached(&plan.log)?;
         let mut rows = statement.query([plan.table.id])?;
         let keys = plan.table.key.len();
@@ -134,7 +129,7 @@ impl Store {
                 let masks = masks.collect::<rusqlite::Result<Vec<_>>>()?;
                 let changed = |c: &u32| {
                     let mask = masks.get(*c as usize / MASK_BITS).copied().flatten().unwrap_or(0);
-                    unknown.contains(c) || mask & (1 << (*c as usize % MASK_BITS)) != 0
+                    mask & (1 << (*c as usize % MASK_BITS)) != 0
                 };
                 Ok(plan.table.columns.iter().map(|c| c.id).filter(changed).collect())
             };
@@ -175,6 +170,7 @@ impl Store {
                 writer.push(row);
                 writer.flush_if_full(&mut body)
             })?;
+            writer.end_table(plan, &mut body)?;
             for (key, state) in wrong {
                 let key: Vec<ValueRef<'_>> = key.iter().map(Value::as_ref).collect();
                 let lsn = self.next_lsn();

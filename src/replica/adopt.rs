@@ -6,14 +6,16 @@ use std::sync::{Arc, PoisonError};
 
 use rusqlite::{Connection, OptionalExtension};
 
-use super::Result;
 use super::plan::Plan;
+use super::schema::{self, Objects};
 use super::store::Store;
+use super::{ReplicaError, Result, registry};
 use crate::core::capture::{
-    FILE_FORMAT, OP_DELETE, OP_INSERT, PREFIX, REPLICATED, TABLES, create_state_table, state_table, triggers,
+    FILE_FORMAT, OP_DELETE, OP_INSERT, OP_UPDATE, PREFIX, REPLICATED, TABLES, state_table, triggers,
 };
+use crate::core::ddl::is_constant;
 use crate::core::merge::ColumnId;
-use crate::core::schema::Table;
+use crate::core::schema::{MASK_BITS, Table};
 use crate::core::sqltext::{ident, list, trigger_body};
 use crate::core::version::SiteId;
 use crate::sqlite::introspect::{self, AppTrigger, Schema};
@@ -62,12 +64,32 @@ pub fn detach(conn: &Connection) -> rusqlite::Result<()> {
     conn.execute_batch("COMMIT")
 }
 
-/// Reads the schema, registers what is new, puts back triggers that are missing.
-pub(super) fn refresh(store: &mut Store) -> Result<()> {
-    let schema = introspect::read(&store.conn)?;
-    let mut plans = our_plans(&store.conn)?;
+/// Whose doing it is that the schema is another one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Cause {
+    /// The application's, or nobody's.
+    Application,
+    /// Ours: it was brought to what a peer recorded.
+    Peer,
+}
+
+/// Reads the schema, records what the application changed, registers what is new, puts back triggers that are missing.
+pub(super) fn refresh(store: &mut Store, cause: Cause) -> Result<()> {
+    store.plans = our_plans(&store.conn)?;
     // Absent: the first look at a new file. 0: taken in from a copy, whose tables are known but have no triggers yet.
     let adopted = Store::meta::<i64>(&store.conn, "adopted")?;
+    if cause == Cause::Application {
+        let renames = registry::follow_renames(&store.conn)?;
+        if adopted != Some(1) {
+            for index in store.materialize()? {
+                let what = "rows of the file stand in the way of a UNIQUE index of the mesh";
+                return Err(ReplicaError::Unfit(format!("{what}: {index}")));
+            }
+        }
+        store.record_schema(&renames)?;
+    }
+    let schema = introspect::read(&store.conn)?;
+    let recorded = schema::recorded(&store.conn)?;
     for mut table in schema.tables.clone() {
         if !(store.covers)(&table.name) {
             remove_triggers(&store.conn, &table.name)?;
@@ -77,26 +99,23 @@ pub(super) fn refresh(store: &mut Store) -> Result<()> {
             store.notes.push(format!("table {:?} is not replicated: {why}", table.name));
             continue;
         }
-        let (known, new_columns) = register(&store.conn, &mut table)?;
-        if known && adopted == Some(1) && !new_columns.is_empty() {
-            store.new_columns.insert(table.id, new_columns);
-        }
+        let registration = registry::register(&store.conn, &mut table)?;
         widen_log(&store.conn, &table)?;
-        store.conn.execute_batch(&create_state_table(&table))?;
         let had_triggers = place_triggers(&store.conn, &table)?;
-        if adopted.is_some() && !known {
+        if adopted.is_some() && !registration.known {
             log_all_rows(&store.conn, &table)?;
-        } else if adopted == Some(1) && known && !had_triggers {
-            log_difference(&store.conn, &table)?;
-            store.notes.push(format!(
-                "table {:?} was rebuilt by the application: capture is back; a row that was changed in between is \
-                 not known to peers until it is changed again",
-                table.name
-            ));
+        } else if adopted == Some(1) && cause == Cause::Application {
+            log_new_columns(&store.conn, &table, &registration.new_columns)?;
+            if !had_triggers {
+                log_difference(&store.conn, &table)?;
+                store.notes.push(rebuilt(&table));
+            }
         }
-        plans.push(Arc::new(Plan::new(table)));
+        let (wire_name, wire_columns) = registry::wire_names(&recorded, &table);
+        store.plans.push(Arc::new(Plan::new(table, wire_name, wire_columns)));
     }
-    store.plans = plans;
+    let present = schema.tables.iter().map(|t| t.name.to_lowercase()).collect();
+    registry::forget_missing(&store.conn, &present)?;
     if adopted != Some(1) {
         Store::set_meta(&store.conn, "adopted", 1)?;
     }
@@ -106,15 +125,23 @@ pub(super) fn refresh(store: &mut Store) -> Result<()> {
     Ok(())
 }
 
+fn rebuilt(table: &Table) -> String {
+    format!(
+        "table {:?} was rebuilt by the application: capture is back; a row that was changed in between is not known \
+         to peers until it is changed again",
+        table.name
+    )
+}
+
 /// The plans of our own tables that replicate; what an earlier litemesh did not have yet is made.
 fn our_plans(conn: &Connection) -> Result<Vec<Arc<Plan>>> {
     conn.execute_batch(TABLES)?;
     let plan = |name: &&str| {
-        let mut table = introspect::read_ours(conn, name)?;
-        register(conn, &mut table)?;
+        let mut table = introspect::read_table_named(conn, name)?;
+        registry::register(conn, &mut table)?;
         widen_log(conn, &table)?;
-        conn.execute_batch(&create_state_table(&table))?;
-        Ok(Arc::new(Plan::new(table)))
+        let (name, columns) = registry::wire_names(&Objects::new(), &table);
+        Ok(Arc::new(Plan::new(table, name, columns)))
     };
     REPLICATED.iter().map(plan).collect()
 }
@@ -136,34 +163,6 @@ fn unfit(conn: &Connection, table: &Table) -> rusqlite::Result<Option<String>> {
                WHERE x.key = 1 AND upper(x.coll) NOT IN ('BINARY', 'NOCASE', 'RTRIM')";
     let unknown: Option<String> = conn.query_row(sql, [&table.name], |r| r.get(0)).optional()?;
     Ok(unknown.map(|c| format!("an index of it uses the collation {c}, which only the application has")))
-}
-
-/// Gives the table and its columns their numbers; returns whether the table had one, and which columns had none.
-fn register(conn: &Connection, table: &mut Table) -> Result<(bool, Vec<ColumnId>)> {
-    let find = "SELECT id FROM __litemesh_table WHERE name = ?1 COLLATE NOCASE";
-    let found: Option<i64> = conn.query_row(find, [&table.name], |r| r.get(0)).optional()?;
-    table.id = match found {
-        Some(id) => id,
-        None => {
-            conn.execute("INSERT INTO __litemesh_table(name) VALUES(?1)", [&table.name])?;
-            conn.last_insert_rowid()
-        }
-    };
-    let mut statement = conn.prepare_cached("SELECT pos, name FROM __litemesh_column WHERE tbl = ?1")?;
-    let rows = statement.query_map([table.id], |r| Ok((r.get::<_, String>(1)?.to_lowercase(), r.get(0)?)))?;
-    let mut known: BTreeMap<String, u32> = rows.collect::<rusqlite::Result<_>>()?;
-    let mut next = known.values().max().map_or(0, |p| p + 1);
-    let mut new = Vec::new();
-    for column in &mut table.columns {
-        column.id = *known.entry(column.name.to_lowercase()).or_insert(next);
-        if column.id == next {
-            next += 1;
-            let add = "INSERT INTO __litemesh_column(tbl, pos, name) VALUES(?1, ?2, ?3)";
-            conn.execute(add, (table.id, column.id, &column.name))?;
-            new.push(column.id);
-        }
-    }
-    Ok((found.is_some(), new))
 }
 
 /// Gives the log a column for every key column and mask of the table.
@@ -209,6 +208,28 @@ fn log_all_rows(conn: &Connection, table: &Table) -> Result<()> {
         list(&table.key, |k| k.sql.clone()),
         ident(&table.name)
     ))?;
+    Ok(())
+}
+
+/// Columns that the application added: rows that have another value there than the one every node gives them are
+/// writes of this node.
+fn log_new_columns(conn: &Connection, table: &Table, new: &[ColumnId]) -> Result<()> {
+    let keys = list(0..table.key.len(), |i| format!("k{i}"));
+    for column in table.columns.iter().filter(|c| new.contains(&c.id)) {
+        let sql = "SELECT dflt_value FROM pragma_table_xinfo(?1) WHERE name = ?2";
+        let default: Option<String> = conn.query_row(sql, (&table.name, &column.name), |r| r.get(0))?;
+        let default = default.filter(|d| is_constant(d)).unwrap_or_else(|| "NULL".to_owned());
+        let (word, bit) = (column.id as usize / MASK_BITS, column.id as usize % MASK_BITS);
+        conn.execute_batch(&format!(
+            "INSERT INTO {PREFIX}log(tbl, op, ms, m{word}, {keys})
+               SELECT {}, {OP_UPDATE}, julianday('now'), {}, {} FROM {} WHERE {} IS NOT ({default})",
+            table.id,
+            1i64 << bit,
+            list(&table.key, |k| k.sql.clone()),
+            ident(&table.name),
+            ident(&column.name),
+        ))?;
+    }
     Ok(())
 }
 

@@ -9,16 +9,31 @@ use rusqlite::{ErrorCode, ffi};
 use super::body::Body;
 use super::conflict::losses;
 use super::plan::Plan;
+use super::registry::from_wire;
+use super::schema::{Kind as ObjectKind, ObjectKey, Recorded, recorded_one};
 use super::store::Store;
 use super::{ReplicaError, Result};
-use crate::core::capture::PREFIX;
+use crate::core::capture::{PREFIX, SCHEMA};
 use crate::core::frame::{Frame, RowBuffer, Section, WireError};
 use crate::core::merge::{Row, RowState, merge};
 use crate::core::message::CommitHeader;
+use crate::core::schema::SchemaMode;
 use crate::core::value::{Value, ValueRef};
 use crate::core::vector::{Point, Vector};
 use crate::core::version::{SiteId, Version};
 use crate::sqlite::value::get;
+
+/// Where rows come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Source {
+    /// A commit: the schema's frames are its first.
+    Commit,
+    /// Several pages, one after the other.
+    Pages,
+}
+
+/// How many renames of one table or column are followed.
+const MAX_RENAMES: usize = 64;
 
 /// A row that a UNIQUE constraint kept out for now.
 pub(super) struct Deferred {
@@ -40,8 +55,8 @@ pub struct PeerCommit {
 /// How the rows of one section meet the table here.
 struct Target {
     plan: Arc<Plan>,
-    /// Section column -> place in the table's columns.
-    places: Vec<usize>,
+    /// Section column -> place in the table's columns; none for a column that was dropped here.
+    places: Vec<Option<usize>>,
     insert: String,
 }
 
@@ -57,7 +72,7 @@ impl Store {
         };
         commit.body.rewind()?;
         commit.body.next_block()?;
-        if self.apply_blocks(&mut commit.body, &they_saw)? != commit.header.rows {
+        if self.apply_blocks(&mut commit.body, Source::Commit, &they_saw)? != commit.header.rows {
             return Err(WireError::Malformed("a commit with other rows than it says").into());
         }
         self.head.hlc = self.head.hlc.max(hlc);
@@ -69,7 +84,7 @@ impl Store {
     /// hand.
     pub(super) fn apply_pages(&mut self, pages: &mut Body, held: &Vector) -> Result<()> {
         pages.rewind()?;
-        self.apply_blocks(pages, &|v| held.covers(v))?;
+        self.apply_blocks(pages, Source::Pages, &|v| held.covers(v))?;
         for (site, point) in &held.0 {
             self.head.hlc = self.head.hlc.max(point.hlc);
             self.raise(*site, *point)?;
@@ -77,36 +92,122 @@ impl Store {
         self.save_clock()
     }
 
-    fn apply_blocks(&mut self, body: &mut Body, they_saw: &dyn Fn(Version) -> bool) -> Result<u64> {
-        let mut deferred = Vec::new();
-        let mut rows = 0;
+    /// Applies the rows from where reading stands: first those of the schema, so that the others find their tables.
+    fn apply_blocks(
+        &mut self,
+        body: &mut Body,
+        source: Source,
+        they_saw: &dyn Fn(Version) -> bool,
+    ) -> Result<u64> {
+        let (mut deferred, mut rows, mut changed) = (Vec::new(), 0, false);
+        let start = body.position()?;
         while let Some(block) = body.next_block()? {
-            let frame = Frame::open(&block)?;
-            for section in frame.sections()? {
-                rows += self.apply_section(section, they_saw, &mut deferred)?;
+            if Frame::is_of_schema(&block) {
+                for section in Frame::open(&block)?.sections()? {
+                    rows += self.apply_schema(section, they_saw, &mut changed)?;
+                }
+            } else if source == Source::Commit {
+                break;
+            }
+        }
+        if changed {
+            self.follow_schema()?;
+        }
+        body.seek(start)?;
+        while let Some(block) = body.next_block()? {
+            if !Frame::is_of_schema(&block) {
+                for section in Frame::open(&block)?.sections()? {
+                    rows += self.apply_section(section, they_saw, &mut deferred)?;
+                }
             }
         }
         self.place_deferred(deferred)?;
         Ok(rows)
     }
 
-    fn target(&self, section: &Section<'_>) -> Result<Target> {
-        let table = section.table.to_owned();
-        let plan = self.plan(section.table).ok_or_else(|| ReplicaError::NoTable(table.clone()))?;
+    fn apply_schema(
+        &mut self,
+        mut section: Section<'_>,
+        they_saw: &dyn Fn(Version) -> bool,
+        changed: &mut bool,
+    ) -> Result<u64> {
+        let Target { plan, places, .. } = match self.target(&section)? {
+            Some(target) if section.table == SCHEMA => target,
+            _ => return Err(WireError::Malformed("rows that are not the schema's among it").into()),
+        };
+        let (mut row, mut rows) = (RowBuffer::default(), 0);
+        while let Some(versions) = section.next_row(&mut row)? {
+            rows += 1;
+            if self.schema_mode == SchemaMode::Replicate {
+                let theirs = incoming(&plan, &places, versions, &row);
+                *changed |= self.merge_object(&plan, &row.key, &theirs, they_saw)?;
+            }
+        }
+        Ok(rows)
+    }
+
+    /// How a section's rows meet the table here; `None` if they are of a table that was dropped.
+    fn target(&self, section: &Section<'_>) -> Result<Option<Target>> {
+        let (name, incarnation) = from_wire(section.table);
+        let Some(plan) = self.find_table(name, incarnation)? else { return Ok(None) };
         let here = || plan.table.key.iter().map(|k| k.name.as_str());
         let same = |(a, b): (&str, &&str)| a.eq_ignore_ascii_case(b);
         if here().count() != section.keys.len() || !here().zip(&section.keys).all(same) {
             let (here, there) = (here().collect::<Vec<_>>().join(", "), section.keys.join(", "));
-            return Err(ReplicaError::OtherKey { table, here, there });
+            return Err(ReplicaError::OtherKey { table: plan.table.name.clone(), here, there });
         }
-        let place = |name: &&str| {
-            let found = plan.table.columns.iter().position(|c| c.name.eq_ignore_ascii_case(name));
-            let missing = || ReplicaError::NoColumn { table: table.clone(), column: (*name).to_owned() };
-            found.ok_or_else(missing)
-        };
+        let place = |column: &&str| self.find_column(&plan, name, column);
         let places = section.columns.iter().map(place).collect::<Result<Vec<_>>>()?;
-        let insert = plan.insert_row(&places);
-        Ok(Target { plan, places, insert })
+        let known: Vec<usize> = places.iter().copied().flatten().collect();
+        let insert = plan.insert_row(&known);
+        Ok(Some(Target { plan, places, insert }))
+    }
+
+    /// The table that a peer's name means, which may have been renamed here since; `None` if it was dropped.
+    fn find_table(&self, name: &str, incarnation: i64) -> Result<Option<Arc<Plan>>> {
+        let mut name = name.to_lowercase();
+        // Renamed in a circle: the bound ends it.
+        for _ in 0..MAX_RENAMES {
+            let here = self.plan(&name);
+            if let Some(plan) = here.as_ref().filter(|p| from_wire(&p.wire_name).1 == incarnation) {
+                return Ok(Some(plan.clone()));
+            }
+            let recorded = recorded_one(&self.conn, &ObjectKey::new(ObjectKind::Table, &name))?;
+            match recorded {
+                Some(r) if r.incarnation > incarnation => return Ok(None),
+                Some(Recorded { gone: true, moved: Some(new), .. }) => name = new,
+                Some(r) if r.gone => return Ok(None),
+                // After a rename the incarnations are the new name's own.
+                _ => return here.map(Some).ok_or(ReplicaError::NoTable(name)),
+            }
+        }
+        Err(ReplicaError::NoTable(name))
+    }
+
+    /// Where a peer's column stands in the table here; `None` if it was dropped. The table, or the column, may have
+    /// been renamed here since.
+    fn find_column(&self, plan: &Plan, table: &str, wire: &str) -> Result<Option<usize>> {
+        if let Some(place) = plan.wire_columns.iter().position(|c| c.eq_ignore_ascii_case(wire)) {
+            return Ok(Some(place));
+        }
+        let (name, incarnation) = from_wire(wire);
+        let (mut table, mut name) = (table.to_lowercase(), name.to_lowercase());
+        for step in 0..MAX_RENAMES {
+            let column = recorded_one(&self.conn, &ObjectKey::column(&table, &name))?;
+            let of = recorded_one(&self.conn, &ObjectKey::new(ObjectKind::Table, &table))?;
+            let next = of.filter(|t| t.gone).and_then(|t| t.moved);
+            match column {
+                Some(c) if step == 0 && c.incarnation > incarnation => return Ok(None),
+                Some(c) if c.gone && (c.moved.is_some() || next.is_some()) => {
+                    name = c.moved.unwrap_or(name);
+                    table = next.unwrap_or(table);
+                }
+                Some(c) if c.gone => return Ok(None),
+                _ if step == 0 => break,
+                _ => return Ok(plan.table.columns.iter().position(|c| c.name.eq_ignore_ascii_case(&name))),
+            }
+        }
+        Err(ReplicaError::NoColumn { table: plan.table.name.clone(), column: name })
     }
 
     fn apply_section(
@@ -115,20 +216,21 @@ impl Store {
         they_saw: &dyn Fn(Version) -> bool,
         deferred: &mut Vec<Deferred>,
     ) -> Result<u64> {
-        let wanted = section.table.starts_with(PREFIX) || (self.covers)(section.table);
-        let target = if wanted { Some(self.target(&section)?) } else { None };
+        let wanted = section.table.starts_with(PREFIX) || (self.covers)(from_wire(section.table).0);
+        let target = if wanted { self.target(&section)? } else { None };
+        if target.as_ref().is_some_and(|t| t.plan.table.name == SCHEMA) {
+            return Err(WireError::Malformed("the schema's rows among others").into());
+        }
+        let whole = target.as_ref().is_some_and(|t| t.places.iter().all(Option::is_some));
         let (mut row, mut rows) = (RowBuffer::default(), 0);
-        while let Some((birth, dead)) = section.next_row(&mut row)? {
+        while let Some(versions) = section.next_row(&mut row)? {
             rows += 1;
             let Some(target) = &target else { continue };
-            let fresh = dead.is_none() && row.columns.is_empty();
-            if fresh && self.insert_fresh(target, birth, &row)? {
+            let fresh = whole && versions.1.is_none() && row.columns.is_empty();
+            if fresh && self.insert_fresh(target, versions.0, &row)? {
                 continue;
             }
-            let id = |place: u32| target.plan.table.columns[target.places[place as usize]].id;
-            let columns = row.columns.iter().map(|(place, v)| (id(*place), *v)).collect();
-            let values = row.values.iter().enumerate().map(|(i, v)| (id(i as u32), v.to_value())).collect();
-            let theirs = Row { state: RowState { birth, dead, columns }, values };
+            let theirs = incoming(&target.plan, &target.places, versions, &row);
             self.merge_row(&target.plan, &row.key, &theirs, they_saw, deferred)?;
         }
         Ok(rows)
@@ -274,6 +376,19 @@ impl Store {
         self.conn.prepare_cached(&plan.insert_row(&places))?.execute(params)?;
         Ok(())
     }
+}
+
+/// A row as a peer sent it, with the numbers that columns have here.
+fn incoming(
+    plan: &Plan,
+    places: &[Option<usize>],
+    (birth, dead): (Version, Option<Version>),
+    row: &RowBuffer<'_>,
+) -> Row {
+    let id = |place: usize| Some(plan.table.columns[places[place]?].id);
+    let columns = row.columns.iter().filter_map(|(place, v)| Some((id(*place as usize)?, *v))).collect();
+    let values = row.values.iter().enumerate().filter_map(|(i, v)| Some((id(i)?, v.to_value()))).collect();
+    Row { state: RowState { birth, dead, columns }, values }
 }
 
 /// Whether a statement failed because of a UNIQUE constraint (the key's own included).

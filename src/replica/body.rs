@@ -48,6 +48,16 @@ impl Body {
         self.append(block)
     }
 
+    /// Where reading stands.
+    pub fn position(&mut self) -> io::Result<u64> {
+        self.file.stream_position()
+    }
+
+    /// Goes to where reading stood.
+    pub fn seek(&mut self, position: u64) -> io::Result<()> {
+        self.file.seek(SeekFrom::Start(position)).map(|_| ())
+    }
+
     /// Goes back to the first byte.
     pub fn rewind(&mut self) -> io::Result<()> {
         self.file.seek(SeekFrom::Start(0)).map(|_| ())

@@ -55,6 +55,8 @@ struct Feed {
     bytes: u64,
     /// Why it stands still, and since when.
     stopped: Option<(String, u64)>,
+    /// Whether the schema is why: then what the peer holds by now may fit.
+    schema_stopped: bool,
     /// Since when its first pending commit cannot be applied.
     waiting_since_ms: Option<u64>,
 }
@@ -335,6 +337,13 @@ impl Engine {
                 self.counters.peer_syncs += 1;
                 self.sync_error = None;
                 self.hole_since_ms = None;
+                let vector = &self.store.head().vector;
+                for (site, feed) in &mut self.feeds {
+                    if feed.pending.values().all(|c| c.header.to <= vector.n(*site)) {
+                        feed.stopped = None;
+                        feed.schema_stopped = false;
+                    }
+                }
                 self.publish(own);
                 Ok(())
             }
@@ -372,13 +381,14 @@ impl Engine {
             for commit in &batch[..applied.count] {
                 if let Some(feed) = self.feeds.get_mut(&commit.site) {
                     feed.stopped = None;
+                    feed.schema_stopped = false;
                 }
             }
             let mut rest = batch.into_iter().skip(applied.count);
             if let Some(error) = applied.stopped
                 && let Some(stopped) = rest.next()
             {
-                self.stop_feed(stopped, &error.to_string(), now_ms);
+                self.stop_feed(stopped, &error, now_ms);
             }
             rest.for_each(|c| self.add_pending(c));
         }
@@ -386,15 +396,16 @@ impl Engine {
         self.look_for_holes(now_ms)
     }
 
-    fn stop_feed(&mut self, commit: PeerCommit, why: &str, now_ms: u64) {
-        let site = commit.site;
+    fn stop_feed(&mut self, commit: PeerCommit, error: &ReplicaError, now_ms: u64) {
+        let (site, why) = (commit.site, error.to_string());
         let name = self.site_name(site);
         self.add_pending(commit);
         let feed = self.feeds.entry(site).or_default();
-        if feed.stopped.as_ref().is_none_or(|(old, _)| old != why) {
+        if feed.stopped.as_ref().is_none_or(|(old, _)| *old != why) {
             self.actions.push(Action::Warn(format!("{}: the feed of {name} stands still: {why}", self.db)));
         }
-        feed.stopped = Some((why.to_owned(), now_ms));
+        feed.stopped = Some((why, now_ms));
+        feed.schema_stopped = error.is_of_schema();
     }
 
     /// Takes out the commits that can be applied now, in an order that is causal.
@@ -486,7 +497,8 @@ impl Engine {
                 }
             }
         }
-        let stuck = self.feeds.iter().filter(|(_, f)| f.stopped.is_some()).map(|(s, _)| *s);
+        let is_stuck = |f: &Feed| f.stopped.is_some() && !f.schema_stopped;
+        let stuck = self.feeds.iter().filter(|(_, f)| is_stuck(f)).map(|(s, _)| *s);
         let stuck: Vec<SiteId> = stuck.collect();
         let lacking = |p: &Peer| {
             let missing = |(s, point): (&SiteId, &Point)| reach.n(*s) < point.n && !stuck.contains(s);

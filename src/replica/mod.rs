@@ -9,9 +9,12 @@ pub mod body;
 pub mod conflict;
 pub mod copy;
 pub mod engine;
+pub mod materialize;
 pub mod page;
 pub mod plan;
+pub mod registry;
 pub mod rows;
+pub mod schema;
 pub mod send;
 pub mod shadow;
 pub mod store;
@@ -62,12 +65,46 @@ pub enum ReplicaError {
         /// The key there.
         there: String,
     },
+    /// Two nodes changed one schema object at once, to different things.
+    #[error(
+        "{object} was changed on two nodes at once, and differently: here it is {here:?}, at the peer {there:?}; make \
+         them the same on one of the two (ALTER TABLE, or drop it there), and all goes on by itself"
+    )]
+    Contradiction {
+        /// The object.
+        object: String,
+        /// Its definition here.
+        here: String,
+        /// Its definition at the peer.
+        there: String,
+    },
+    /// What a peer did to its schema cannot be done here.
+    #[error("the schema cannot be brought to what a peer has: {what}: {source}")]
+    Ddl {
+        /// The statement, or what it was for.
+        what: String,
+        /// What SQLite said.
+        source: rusqlite::Error,
+    },
     /// The file belongs to something else.
     #[error("{0}")]
     Unfit(String),
 }
 
 impl ReplicaError {
+    /// Whether the schema here or there is what stands in the way: a peer's later state may fit where its commit does
+    /// not.
+    pub fn is_of_schema(&self) -> bool {
+        matches!(
+            self,
+            Self::NoTable(_)
+                | Self::NoColumn { .. }
+                | Self::OtherKey { .. }
+                | Self::Contradiction { .. }
+                | Self::Ddl { .. }
+        )
+    }
+
     /// Whether trying again later, with nothing changed in the file's schema, may succeed.
     pub fn is_passing(&self) -> bool {
         use rusqlite::ErrorCode::{DatabaseBusy, DatabaseLocked, DiskFull, SystemIoFailure};

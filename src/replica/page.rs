@@ -147,6 +147,7 @@ impl Store {
                 whole = !bounded || body.len() <= PAGE_BYTES;
                 Ok(())
             })?;
+            writer.end_table(&plan, &mut body)?;
         }
         writer.flush(&mut body)?;
         Ok((body, whole))

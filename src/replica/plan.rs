@@ -8,6 +8,10 @@ use crate::core::sqltext::{ident, list};
 pub struct Plan {
     /// The table.
     pub table: Table,
+    /// What it is called on the wire.
+    pub wire_name: String,
+    /// What its columns are called there.
+    pub wire_columns: Vec<String>,
     /// `k…` -> `bh, bs, dh, ds, cols`.
     pub select_state: String,
     /// `k…, bh, bs, dh, ds, cols, lsn`.
@@ -28,7 +32,7 @@ pub struct Plan {
 
 impl Plan {
     /// Builds the statements of a table.
-    pub fn new(table: Table) -> Self {
+    pub fn new(table: Table, wire_name: String, wire_columns: Vec<String>) -> Self {
         let keys = table.key.len();
         let (state, on) = (state_table(&table), ident(&table.name));
         let k = |prefix: &str| list(0..keys, |i| format!("{prefix}k{i}"));
@@ -70,20 +74,29 @@ impl Plan {
                  bs = excluded.bs, dh = NULL, ds = NULL, cols = NULL, lsn = excluded.lsn",
                 k("")
             ),
+            wire_name,
+            wire_columns,
             table,
         }
     }
 
-    /// `k…, values…`: inserts a row with these of the table's columns.
+    /// `k…, values…`: inserts a row with these of the table's columns. One that is not among them gets its default.
     pub fn insert_row(&self, columns: &[usize]) -> String {
+        let all = self.table.columns.iter().enumerate();
+        let (others, blanks): (Vec<String>, Vec<&str>) = all
+            .filter(|(i, _)| !columns.contains(i))
+            .filter_map(|(_, c)| Some((ident(&c.name), c.blank()?)))
+            .unzip();
         let names = (self.table.key.iter().map(|k| k.sql.clone()))
-            .chain(columns.iter().map(|c| ident(&self.table.columns[*c].name)));
+            .chain(columns.iter().map(|c| ident(&self.table.columns[*c].name)))
+            .chain(others);
         let count = self.table.key.len() + columns.len();
+        let values = (1..=count).map(|i| format!("?{i}")).chain(blanks.into_iter().map(str::to_owned));
         format!(
             "INSERT INTO {}({}) VALUES({})",
             ident(&self.table.name),
             list(names, |n| n),
-            list(1..=count, |i| format!("?{i}"))
+            list(values, |v| v)
         )
     }
 

@@ -8,6 +8,7 @@ use super::Result;
 use super::body::Body;
 use super::plan::Plan;
 use super::shadow::Sites;
+use crate::core::capture::SCHEMA;
 use crate::core::frame::{FrameWriter, RowVersions};
 use crate::core::merge::RowState;
 use crate::core::value::ValueRef;
@@ -80,9 +81,12 @@ impl RowWriter {
         let table = &row.plan.table;
         if self.section != Some(table.id) {
             let keys: Vec<&str> = table.key.iter().map(|k| k.name.as_str()).collect();
-            let columns: Vec<&str> = table.columns.iter().map(|c| c.name.as_str()).collect();
-            self.frame.begin_section(&table.name, &keys, &columns);
+            let columns: Vec<&str> = row.plan.wire_columns.iter().map(String::as_str).collect();
+            self.frame.begin_section(&row.plan.wire_name, &keys, &columns);
             self.section = Some(table.id);
+            if table.name == SCHEMA {
+                self.frame.mark_schema();
+            }
         }
         self.columns.clear();
         for (id, version) in &row.state.columns {
@@ -94,6 +98,11 @@ impl RowWriter {
         let values = if row.state.dead.is_some() { &[][..] } else { &row.values[..] };
         self.frame.row(row.key.iter().copied(), versions, values.iter().copied());
         self.rows += 1;
+    }
+
+    /// Ends a table: what is the schema's has frames of its own.
+    pub fn end_table(&mut self, plan: &Plan, body: &mut Body) -> Result<()> {
+        if plan.table.name == SCHEMA { self.flush(body) } else { Ok(()) }
     }
 
     /// Closes the frame if it is large enough.

@@ -1,18 +1,17 @@
 //! A file that is being replicated: its connection and what is kept of it in memory. Invariant: after a failed
 //! transaction memory is read again from the file, so that the two never differ.
 
-use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rusqlite::{Connection, OptionalExtension};
 
-use super::adopt;
+use super::adopt::{self, Cause};
 use super::plan::Plan;
 use super::shadow::Sites;
 use super::{ReplicaError, Result};
 use crate::core::capture::FILE_FORMAT;
-use crate::core::merge::ColumnId;
+use crate::core::schema::SchemaMode;
 use crate::core::vector::{Point, Vector};
 use crate::core::version::{Hlc, SiteId};
 use crate::sqlite;
@@ -28,8 +27,10 @@ pub struct Store {
     pub(super) notes: Vec<String>,
     pub(super) null_keys: u64,
     pub(super) covers: TableFilter,
-    /// Columns that tables got since the triggers that wrote the log were made.
-    pub(super) new_columns: HashMap<i64, Vec<ColumnId>>,
+    /// Whether changes of the schema replicate.
+    pub(super) schema_mode: SchemaMode,
+    /// The user version at the last look.
+    pub(super) user_version: i64,
     /// Whether applying rows changed others by a write of ours, which must be absorbed before more rows meet them.
     pub(super) unsettled: bool,
 }
@@ -54,12 +55,17 @@ pub struct Head {
 
 impl Store {
     /// Opens a file that was adopted before.
-    pub fn open(path: &Path, spool_dir: &Path, covers: TableFilter) -> Result<Self> {
-        Self::with_connection(sqlite::open_replica(path)?, spool_dir, covers)
+    pub fn open(path: &Path, spool_dir: &Path, covers: TableFilter, schema: SchemaMode) -> Result<Self> {
+        Self::with_connection(sqlite::open_replica(path)?, spool_dir, covers, schema)
     }
 
     /// Takes over a connection to a file that was adopted before, in-memory ones included.
-    pub fn with_connection(conn: Connection, spool_dir: &Path, covers: TableFilter) -> Result<Self> {
+    pub fn with_connection(
+        conn: Connection,
+        spool_dir: &Path,
+        covers: TableFilter,
+        schema_mode: SchemaMode,
+    ) -> Result<Self> {
         sqlite::configure(&conn)?;
         let head = load_head(&conn)?;
         let sites = Sites::load(&conn)?;
@@ -73,10 +79,11 @@ impl Store {
             notes: Vec::new(),
             null_keys: 0,
             covers,
-            new_columns: HashMap::new(),
+            schema_mode,
+            user_version: 0,
             unsettled: false,
         };
-        store.write(|store| store.refresh_schema(false))?;
+        store.write(Self::refresh_schema)?;
         Ok(store)
     }
 
@@ -119,8 +126,13 @@ impl Store {
 
     /// Whether there is anything to absorb: a log, or a schema that may hold new tables.
     pub fn has_news(&self) -> Result<bool> {
-        let mut ask = self.conn.prepare_cached("PRAGMA schema_version")?;
-        Ok(ask.query_row([], |r| r.get::<_, i64>(0))? != self.schema_version || self.has_log()?)
+        Ok(self.schema_numbers()? != (self.schema_version, self.user_version) || self.has_log()?)
+    }
+
+    /// SQLite's schema version, which every change of the schema moves, and the application's user version.
+    fn schema_numbers(&self) -> Result<(i64, i64)> {
+        let ask = |sql: &str| self.conn.prepare_cached(sql)?.query_row([], |r| r.get(0));
+        Ok((ask("PRAGMA schema_version")?, ask("PRAGMA user_version")?))
     }
 
     /// Runs `work` in one write transaction; commits with everything on the disk, or leaves the file as it was.
@@ -143,16 +155,31 @@ impl Store {
         result
     }
 
-    /// Reads the schema again if it has changed; puts back what of ours is missing. Within a transaction.
-    pub(super) fn refresh_schema(&mut self, force: bool) -> Result<()> {
-        let mut ask = self.conn.prepare_cached("PRAGMA schema_version")?;
-        let version: i64 = ask.query_row([], |r| r.get(0))?;
-        drop(ask);
-        if version == self.schema_version && !force {
+    /// Reads the schema again if the application changed it; puts back what of ours is missing. Within a transaction.
+    pub(super) fn refresh_schema(&mut self) -> Result<()> {
+        if self.schema_numbers()? == (self.schema_version, self.user_version) {
             return Ok(());
         }
-        adopt::refresh(self)?;
-        self.schema_version = self.conn.pragma_query_value(None, "schema_version", |r| r.get(0))?;
+        adopt::refresh(self, Cause::Application)?;
+        self.note_schema()
+    }
+
+    /// Brings the file's schema to what a peer recorded, and reads it again. Within a transaction.
+    pub(super) fn follow_schema(&mut self) -> Result<()> {
+        let late = self.materialize()?;
+        adopt::refresh(self, Cause::Peer)?;
+        for index in &late {
+            self.settle_duplicates(index)?;
+        }
+        if !late.is_empty() {
+            adopt::refresh(self, Cause::Peer)?;
+        }
+        self.check_schema()?;
+        self.note_schema()
+    }
+
+    fn note_schema(&mut self) -> Result<()> {
+        (self.schema_version, self.user_version) = self.schema_numbers()?;
         Ok(())
     }
 

@@ -71,9 +71,13 @@ pub fn read(conn: &Connection) -> Result<Schema> {
     Ok(schema)
 }
 
-/// Reads one table of ours, all of which are STRICT in spirit and WITHOUT ROWID.
-pub fn read_ours(conn: &Connection, name: &str) -> Result<Table> {
-    read_table(conn, name.to_owned(), true, false)
+/// Reads one ordinary table, whosever it is.
+pub fn read_table_named(conn: &Connection, name: &str) -> Result<Table> {
+    let sql =
+        "SELECT name, wr, strict FROM pragma_table_list WHERE schema = 'main' AND name = ?1 COLLATE NOCASE";
+    let (name, without_rowid, strict) =
+        conn.query_row(sql, [name], |r| Ok((r.get(0)?, r.get(1)?, r.get(2)?)))?;
+    read_table(conn, name, without_rowid, strict)
 }
 
 /// What triggers write, as seen so far: trigger -> tables in lower case.
@@ -122,14 +126,17 @@ struct RawColumn {
     not_null: bool,
     key_place: i64,
     hidden: i64,
+    has_default: bool,
 }
 
 fn read_table(conn: &Connection, name: String, without_rowid: bool, strict: bool) -> Result<Table> {
-    let mut statement =
-        conn.prepare_cached("SELECT name, type, \"notnull\", pk, hidden FROM pragma_table_xinfo(?1)")?;
+    let mut statement = conn.prepare_cached(
+        "SELECT name, type, \"notnull\", pk, hidden, dflt_value IS NOT NULL FROM pragma_table_xinfo(?1)",
+    )?;
     let raw = statement.query_map([&name], |r| {
         let (declared, key_place) = (r.get::<_, Option<String>>(1)?.unwrap_or_default(), r.get(3)?);
-        Ok(RawColumn { name: r.get(0)?, declared, not_null: r.get(2)?, key_place, hidden: r.get(4)? })
+        let (hidden, has_default) = (r.get(4)?, r.get(5)?);
+        Ok(RawColumn { name: r.get(0)?, declared, not_null: r.get(2)?, key_place, hidden, has_default })
     })?;
     let raw: Vec<RawColumn> = raw.collect::<Result<_>>()?;
     let indexes = read_indexes(conn, &name)?;
@@ -155,6 +162,7 @@ fn read_table(conn: &Connection, name: String, without_rowid: bool, strict: bool
         name: c.name.clone(),
         affinity: Affinity::of(&c.declared, strict),
         not_null: c.not_null,
+        has_default: c.has_default,
     });
     let columns = columns.collect();
     let generated = raw.iter().filter(|c| c.hidden > 1).map(|c| c.name.clone()).collect();

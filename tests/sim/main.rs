@@ -3,6 +3,7 @@
 //!
 //! `LITEMESH_SIM_SEED=n` runs one seed, `LITEMESH_SIM_SEEDS=n` that many.
 
+mod ddl;
 mod scripted;
 mod world;
 

@@ -3,6 +3,7 @@
 use bytes::Bytes;
 use litemesh::core::message::{Fragment, Message, decode, encode};
 use litemesh::core::names::NodeName;
+use litemesh::core::schema::SchemaMode;
 use litemesh::core::version::SiteId;
 use litemesh::replica::adopt;
 use litemesh::replica::engine::{Action, Engine};
@@ -10,37 +11,48 @@ use litemesh::replica::send::commit_pieces;
 use litemesh::replica::store::Store;
 use rusqlite::Connection;
 
-const START_MS: u64 = 1_900_000_000_000;
+pub const START_MS: u64 = 1_900_000_000_000;
 
-struct Site {
-    name: NodeName,
-    app: Connection,
-    engine: Engine,
+pub struct Site {
+    pub name: NodeName,
+    pub app: Connection,
+    pub engine: Engine,
     /// Commits that were published and not delivered: pieces.
-    commits: Vec<Vec<Bytes>>,
+    pub commits: Vec<Vec<Bytes>>,
     messages: Vec<(Option<NodeName>, Message)>,
     warnings: Vec<String>,
 }
 
 impl Site {
+    /// A site whose operator changes the schema by hand.
     fn new(test: &str, name: &str, site: u64, lineage: u64, schema: &str) -> Self {
+        Self::with_mode(test, name, (site, lineage), schema, SchemaMode::Manual)
+    }
+
+    pub fn with_mode(
+        test: &str,
+        name: &str,
+        (site, lineage): (u64, u64),
+        schema: &str,
+        mode: SchemaMode,
+    ) -> Self {
         let uri = format!("file:scripted-{test}-{name}?mode=memory&cache=shared");
         let app = Connection::open(&uri).unwrap();
         app.execute_batch(schema).unwrap();
         adopt::install(&app, lineage, SiteId(site)).unwrap();
         let spool = std::env::temp_dir();
-        let store =
-            Store::with_connection(Connection::open(&uri).unwrap(), &spool, Box::new(|_| true)).unwrap();
+        let store = Store::with_connection(Connection::open(&uri).unwrap(), &spool, Box::new(|_| true), mode)
+            .unwrap();
         let engine = Engine::new("app".parse().unwrap(), store, &spool);
         let name = name.parse().unwrap();
         Self { name, app, engine, commits: Vec::new(), messages: Vec::new(), warnings: Vec::new() }
     }
 
-    fn site(&self) -> SiteId {
+    pub fn site(&self) -> SiteId {
         self.engine.store().head().site
     }
 
-    fn settle(&mut self, now_ms: u64) {
+    pub fn settle(&mut self, now_ms: u64) {
         self.engine.settle(now_ms).unwrap();
         for action in self.engine.take_actions() {
             match action {
@@ -56,6 +68,25 @@ impl Site {
         }
     }
 
+    /// One application transaction.
+    pub fn run(&self, sql: &str) {
+        self.app.execute_batch(&format!("BEGIN; {sql}; COMMIT")).unwrap();
+    }
+
+    /// Why anything stands still.
+    pub fn stopped(&self) -> String {
+        self.engine.stopped().join("; ")
+    }
+
+    /// The schema without our own tables: what each object is, spelling apart.
+    pub fn shape(&self) -> Vec<String> {
+        let sql = "SELECT lower(type || ' ' || name || ' ' || coalesce((SELECT group_concat(i.name || ' ' || i.pk || \"notnull\")
+            FROM pragma_table_info(s.name) AS i), replace(sql, '\"', '')))
+            FROM sqlite_schema AS s WHERE name NOT LIKE '\\_\\_%' ESCAPE '\\' AND name NOT LIKE 'sqlite%' ORDER BY 1";
+        let mut statement = self.app.prepare(sql).unwrap();
+        statement.query_map([], |r| r.get(0)).unwrap().map(Result::unwrap).collect()
+    }
+
     /// One application transaction, absorbed into one commit.
     fn write(&mut self, sql: &str) -> Vec<Bytes> {
         self.app.execute_batch(&format!("BEGIN; {sql}; COMMIT")).unwrap();
@@ -63,7 +94,7 @@ impl Site {
         self.commits.pop().expect("a commit")
     }
 
-    fn take(&mut self, from: SiteId, commit: &[Bytes]) {
+    pub fn take(&mut self, from: SiteId, commit: &[Bytes]) {
         for piece in commit {
             self.engine.on_fragment(from, &decode::<Fragment>(piece).unwrap()).unwrap();
         }
@@ -73,8 +104,14 @@ impl Site {
         self.engine.on_message(from, message, now_ms).unwrap();
     }
 
-    fn text(&self, sql: &str) -> String {
-        self.app.query_row(sql, [], |r| r.get::<_, Option<String>>(0)).unwrap().unwrap_or_default()
+    pub fn text(&self, sql: &str) -> String {
+        let value = self.app.query_row(sql, [], |r| r.get::<_, rusqlite::types::Value>(0)).unwrap();
+        match value {
+            rusqlite::types::Value::Text(t) => t,
+            rusqlite::types::Value::Integer(i) => i.to_string(),
+            rusqlite::types::Value::Null => String::new(),
+            other => format!("{other:?}"),
+        }
     }
 
     fn rows(&self) -> String {
@@ -89,7 +126,7 @@ fn duo(test: &str) -> (Site, Site) {
 }
 
 /// Moves messages between the two until there are none.
-fn talk(a: &mut Site, b: &mut Site, now_ms: u64) {
+pub fn talk(a: &mut Site, b: &mut Site, now_ms: u64) {
     for _ in 0..50 {
         let (from_a, from_b) = (std::mem::take(&mut a.messages), std::mem::take(&mut b.messages));
         if from_a.is_empty() && from_b.is_empty() {

@@ -121,6 +121,7 @@ impl World {
             Connection::open(&self.nodes[i].uri).unwrap(),
             &spool(),
             Box::new(|_| true),
+            Default::default(),
         )
         .unwrap();
         self.nodes[i].engine = Some(Engine::new(db(), store, &spool()));

@@ -1,0 +1,408 @@
+//! The schema as it replicates: each table, column, index, view, trigger and the user version is a row of
+//! `__litemesh_schema`. Invariant: a row is written whole, so that of two writers one wins whole; two concurrent
+//! writes of one object that mean different things are refused, not merged.
+
+use std::collections::BTreeMap;
+
+use rusqlite::{Connection, OptionalExtension};
+use serde::{Deserialize, Serialize};
+
+use super::plan::Plan;
+use super::store::Store;
+use super::{ReplicaError, Result};
+use crate::core::capture::{OP_INSERT, OP_UPDATE, PREFIX, SCHEMA};
+use crate::core::ddl;
+use crate::core::merge::{Row, merge};
+use crate::core::schema::SchemaMode;
+use crate::core::value::{Value, ValueRef};
+use crate::core::version::Version;
+
+/// What kind of thing an object is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    /// An ordinary table, without its columns.
+    Table,
+    /// A column.
+    Column,
+    /// A virtual table.
+    Virtual,
+    /// A view.
+    View,
+    /// An index.
+    Index,
+    /// A trigger.
+    Trigger,
+    /// `PRAGMA user_version`.
+    UserVersion,
+}
+
+const KINDS: [(Kind, &str); 7] = [
+    (Kind::Table, "table"),
+    (Kind::Column, "column"),
+    (Kind::Virtual, "virtual table"),
+    (Kind::View, "view"),
+    (Kind::Index, "index"),
+    (Kind::Trigger, "trigger"),
+    (Kind::UserVersion, "user_version"),
+];
+
+impl Kind {
+    /// The word stored and shown.
+    pub fn word(self) -> &'static str {
+        KINDS.iter().find(|(k, _)| *k == self).map_or("", |(_, word)| word)
+    }
+
+    fn of(word: &str) -> Option<Self> {
+        KINDS.iter().find(|(_, w)| *w == word).map(|(k, _)| *k)
+    }
+}
+
+/// What an object is called: names in lower case, the table of a column only.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ObjectKey {
+    /// Its kind.
+    pub kind: Kind,
+    /// The table that a column is of, else empty.
+    pub table: String,
+    /// Its name.
+    pub name: String,
+}
+
+impl ObjectKey {
+    /// The key of anything but a column.
+    pub fn new(kind: Kind, name: &str) -> Self {
+        Self { kind, table: String::new(), name: name.to_lowercase() }
+    }
+
+    /// The key of a column.
+    pub fn column(table: &str, name: &str) -> Self {
+        Self { kind: Kind::Column, table: table.to_lowercase(), name: name.to_lowercase() }
+    }
+
+    fn values(&self) -> [Value; 3] {
+        [self.kind.word(), &self.table, &self.name].map(|t| Value::Text(t.as_bytes().to_vec()))
+    }
+}
+
+impl std::fmt::Display for ObjectKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.kind {
+            Kind::Column => write!(f, "column {:?} of table {:?}", self.name, self.table),
+            kind => write!(f, "{} {:?}", kind.word(), self.name),
+        }
+    }
+}
+
+/// An object as it is recorded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Recorded {
+    /// How often it had been dropped before it was made: rows written for an earlier one do not concern this one.
+    pub incarnation: i64,
+    /// Whether it is dropped.
+    pub gone: bool,
+    /// The place of a column in its table.
+    pub place: i64,
+    /// Its definition: a [`TableDef`] as JSON, a column's text, else the `CREATE` text; a number for the user version.
+    pub definition: String,
+    /// The name it has now, if it was renamed.
+    pub moved: Option<String>,
+}
+
+/// Recorded objects.
+pub type Objects = BTreeMap<ObjectKey, Recorded>;
+
+/// What is recorded of a table besides its columns.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TableDef {
+    /// Its name as written.
+    pub name: String,
+    /// Its constraints.
+    pub constraints: Vec<String>,
+    /// STRICT, WITHOUT ROWID.
+    pub options: String,
+}
+
+impl TableDef {
+    /// Reads what [`Recorded::definition`] holds of a table.
+    pub fn parse(definition: &str) -> Result<Self> {
+        serde_json::from_str(definition)
+            .map_err(|e| ReplicaError::Unfit(format!("a table's recorded definition cannot be read: {e}")))
+    }
+}
+
+/// What a definition means: with equal shapes two objects agree.
+pub fn shape(kind: Kind, definition: &str) -> String {
+    match kind {
+        Kind::Column => ddl::column_shape(definition),
+        Kind::Table => TableDef::parse(definition)
+            .map_or_else(|_| definition.to_owned(), |t| ddl::table_shape(&t.constraints, &t.options)),
+        _ => ddl::normal(definition),
+    }
+}
+
+/// The objects that are in the file and replicate.
+pub fn actual(conn: &Connection, covers: &dyn Fn(&str) -> bool) -> Result<Objects> {
+    let mut objects = Objects::new();
+    let mut add = |key: ObjectKey, place: usize, definition: String| {
+        let place = place as i64;
+        objects.insert(key, Recorded { incarnation: 0, gone: false, place, definition, moved: None });
+    };
+    let mut statement = conn.prepare_cached(
+        "SELECT s.type, s.name, s.sql, l.type, s.tbl_name FROM sqlite_schema AS s
+           LEFT JOIN pragma_table_list AS l ON l.schema = 'main' AND l.name = s.name AND s.type = 'table'
+         WHERE s.sql IS NOT NULL AND s.name NOT LIKE 'sqlite\\_%' ESCAPE '\\' AND substr(s.name, 1, ?2) <> ?1",
+    )?;
+    let mut rows = statement.query((PREFIX, PREFIX.len() as i64))?;
+    while let Some(row) = rows.next()? {
+        let (kind, name, sql): (String, String, String) = (row.get(0)?, row.get(1)?, row.get(2)?);
+        let listed: Option<String> = row.get(3)?;
+        let on: String = row.get(4)?;
+        match (kind.as_str(), listed.as_deref()) {
+            ("table", Some("virtual")) if covers(&name) => add(ObjectKey::new(Kind::Virtual, &name), 0, sql),
+            ("table", Some("table")) if covers(&name) => {
+                let Some(parts) = ddl::parse_table(&sql) else { continue };
+                for (place, (column, text)) in parts.columns.into_iter().enumerate() {
+                    add(ObjectKey::column(&name, &column), place, text);
+                }
+                let key = ObjectKey::new(Kind::Table, &name);
+                let def = TableDef { name, constraints: parts.constraints, options: parts.options };
+                let text = serde_json::to_string(&def).map_err(|e| ReplicaError::Unfit(e.to_string()))?;
+                add(key, 0, text);
+            }
+            ("view", _) => add(ObjectKey::new(Kind::View, &name), 0, sql),
+            ("index", _) if covers(&on) => add(ObjectKey::new(Kind::Index, &name), 0, sql),
+            ("trigger", _) if covers(&on) => add(ObjectKey::new(Kind::Trigger, &name), 0, sql),
+            _ => {}
+        }
+    }
+    let version: i64 = conn.pragma_query_value(None, "user_version", |r| r.get(0))?;
+    add(ObjectKey::new(Kind::UserVersion, ""), 0, version.to_string());
+    Ok(objects)
+}
+
+/// The objects that are recorded, dropped ones included.
+pub fn recorded(conn: &Connection) -> Result<Objects> {
+    let mut statement =
+        conn.prepare_cached("SELECT kind, tbl, name, gen, gone, pos, def, moved FROM __litemesh_schema")?;
+    let mut rows = statement.query([])?;
+    let mut objects = Objects::new();
+    while let Some(r) = rows.next()? {
+        // A kind that a later release knows is none of ours to judge.
+        let Some(kind) = Kind::of(&r.get::<_, String>(0)?) else { continue };
+        let key = ObjectKey { kind, table: r.get(1)?, name: r.get(2)? };
+        let (incarnation, gone, place) = (r.get(3)?, r.get(4)?, r.get(5)?);
+        let object = Recorded { incarnation, gone, place, definition: r.get(6)?, moved: r.get(7)? };
+        objects.insert(key, object);
+    }
+    Ok(objects)
+}
+
+/// What is recorded of one object.
+pub fn recorded_one(conn: &Connection, key: &ObjectKey) -> Result<Option<Recorded>> {
+    let sql =
+        "SELECT gen, gone, pos, def, moved FROM __litemesh_schema WHERE kind = ?1 AND tbl = ?2 AND name = ?3";
+    let mut statement = conn.prepare_cached(sql)?;
+    let found = statement.query_row((key.kind.word(), &key.table, &key.name), |r| {
+        let (incarnation, gone, place) = (r.get(0)?, r.get(1)?, r.get(2)?);
+        Ok(Recorded { incarnation, gone, place, definition: r.get(3)?, moved: r.get(4)? })
+    });
+    Ok(found.optional()?)
+}
+
+/// Whether what is recorded concerns a table that this node replicates.
+pub fn is_covered(key: &ObjectKey, object: &Recorded, covers: &dyn Fn(&str) -> bool) -> bool {
+    match key.kind {
+        Kind::Table | Kind::Virtual => covers(&key.name),
+        Kind::Column => covers(&key.table),
+        Kind::Index | Kind::Trigger => ddl::on_table(&object.definition).is_none_or(|t| covers(&t)),
+        Kind::View | Kind::UserVersion => true,
+    }
+}
+
+/// Names that the application changed: old -> new, in lower case.
+#[derive(Debug, Default)]
+pub struct Renames(pub BTreeMap<ObjectKey, String>);
+
+impl Store {
+    /// Records what the application did to its schema since the last look, and logs it for the others.
+    pub(super) fn record_schema(&mut self, renames: &Renames) -> Result<()> {
+        if self.schema_mode == SchemaMode::Manual {
+            return Ok(());
+        }
+        let (known, mut actual) = (recorded(&self.conn)?, actual(&self.conn, &*self.covers)?);
+        place_columns(&known, &mut actual);
+        for (key, object) in &actual {
+            let mut new = object.clone();
+            // What was there made way for what has its name now.
+            let displaced = renames.0.iter().any(|(old, name)| {
+                old.kind == key.kind
+                    && (old.table == key.table || old.kind == Kind::Table)
+                    && *name == key.name
+            });
+            match known.get(key) {
+                Some(old) if old.gone || displaced => new.incarnation = old.incarnation + 1,
+                Some(old) => {
+                    new.incarnation = old.incarnation;
+                    let same = shape(key.kind, &old.definition) == shape(key.kind, &new.definition);
+                    if same && old.place == new.place {
+                        continue;
+                    }
+                }
+                // A version of 0 is what every file has.
+                None if key.kind == Kind::UserVersion && new.definition == "0" => continue,
+                None => {}
+            }
+            self.write_object(key, &new, known.contains_key(key))?;
+        }
+        for (key, old) in known.iter().filter(|(_, o)| !o.gone) {
+            if !actual.contains_key(key) && is_covered(key, old, &*self.covers) {
+                let gone = Recorded { gone: true, moved: renames.0.get(key).cloned(), ..old.clone() };
+                self.write_object(key, &gone, true)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn write_object(&mut self, key: &ObjectKey, object: &Recorded, is_known: bool) -> Result<()> {
+        let sql = "INSERT OR REPLACE INTO __litemesh_schema(kind, tbl, name, gen, gone, pos, def, moved)
+                   VALUES(?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)";
+        let Recorded { incarnation, gone, place, definition, moved } = object;
+        let names = (key.kind.word(), &key.table, &key.name);
+        self.conn.prepare_cached(sql)?.execute(rusqlite::params![
+            names.0,
+            names.1,
+            names.2,
+            incarnation,
+            gone,
+            place,
+            definition,
+            moved
+        ])?;
+        let plan = self.plan(SCHEMA).expect("our own tables have plans before anything is recorded");
+        let columns: Vec<u32> = plan.table.columns.iter().map(|c| c.id).collect();
+        let op = if is_known { OP_UPDATE } else { OP_INSERT };
+        self.log_own(&plan, &key.values(), op, &columns)
+    }
+
+    /// Merges a peer's record of an object; returns whether what is recorded here has changed.
+    pub(super) fn merge_object(
+        &mut self,
+        plan: &Plan,
+        key: &[ValueRef<'_>],
+        theirs: &Row,
+        they_saw: &dyn Fn(Version) -> bool,
+    ) -> Result<bool> {
+        let (ours, _) = self.local_row(plan, key)?;
+        let mut merged = ours.as_ref().map_or_else(|| theirs.clone(), |ours| merge(ours, theirs));
+        let mut assert_again = false;
+        if let (Some(ours), Some(name)) = (&ours, object_key(key)) {
+            let winner = self.check_concurrent(plan, &name, ours, theirs, they_saw)?;
+            if let Some(winner) = winner.filter(|w| w.values != merged.values) {
+                // The versions alone would let the other one win: this one is written once more, later than both.
+                merged.values = winner.values.clone();
+                assert_again = true;
+            }
+        }
+        if ours.as_ref() == Some(&merged) {
+            return Ok(false);
+        }
+        let lsn = self.next_lsn();
+        self.sites.put(&self.conn, plan, key, &merged.state, lsn)?;
+        self.conn.prepare_cached(&plan.delete_row)?.execute(rusqlite::params_from_iter(key))?;
+        self.insert_row(plan, key, &merged)?;
+        if assert_again {
+            let key: Vec<Value> = key.iter().map(|k| k.to_value()).collect();
+            let columns: Vec<u32> = plan.table.columns.iter().map(|c| c.id).collect();
+            self.log_own(plan, &key, OP_UPDATE, &columns)?;
+            self.unsettled = true;
+        }
+        Ok(true)
+    }
+
+    /// Of two records neither of whose writers had seen the other: an error if they contradict each other; else the
+    /// one that must win, if that is not for the versions to decide.
+    fn check_concurrent<'r>(
+        &self,
+        plan: &Plan,
+        key: &ObjectKey,
+        ours: &'r Row,
+        theirs: &'r Row,
+        they_saw: &dyn Fn(Version) -> bool,
+    ) -> Result<Option<&'r Row>> {
+        let (a, b) = (newest(ours), newest(theirs));
+        if a == b || they_saw(a) || self.head.vector.covers(b) {
+            return Ok(None);
+        }
+        let (Some(o), Some(t)) = (Object::of(plan, ours), Object::of(plan, theirs)) else { return Ok(None) };
+        match (o.gone, t.gone) {
+            (true, true) => Ok(None),
+            // Who changed it did not know that it was dropped: it stays.
+            (false, true) => Ok(Some(ours)),
+            (true, false) => Ok(Some(theirs)),
+            (false, false) if key.kind == Kind::UserVersion => {
+                let number = |o: &Object| o.definition.parse::<i64>().unwrap_or(0);
+                Ok(Some(if number(&o) >= number(&t) { ours } else { theirs }))
+            }
+            (false, false) if shape(key.kind, &o.definition) == shape(key.kind, &t.definition) => Ok(None),
+            (false, false) => Err(ReplicaError::Contradiction {
+                object: key.to_string(),
+                here: o.definition,
+                there: t.definition,
+            }),
+        }
+    }
+}
+
+/// The fields of a schema row that decide.
+struct Object {
+    gone: bool,
+    definition: String,
+}
+
+impl Object {
+    fn of(plan: &Plan, row: &Row) -> Option<Self> {
+        let value = |name: &str| row.values.get(&plan.table.column(name)?.id);
+        let gone = matches!(value("gone")?, Value::Int(n) if *n != 0);
+        let Value::Text(definition) = value("def")? else { return None };
+        Some(Self { gone, definition: String::from_utf8_lossy(definition).into_owned() })
+    }
+}
+
+fn object_key(key: &[ValueRef<'_>]) -> Option<ObjectKey> {
+    let text = |i: usize| match key.get(i) {
+        Some(ValueRef::Text(t)) => std::str::from_utf8(t).ok().map(str::to_owned),
+        _ => None,
+    };
+    Some(ObjectKey { kind: Kind::of(&text(0)?)?, table: text(1)?, name: text(2)? })
+}
+
+fn newest(row: &Row) -> Version {
+    row.state.versions().max().unwrap_or(Version::ZERO)
+}
+
+/// A table's recorded columns in their order. Columns that two nodes added at once have one place: the name decides.
+pub fn column_order(objects: &Objects, table: &str) -> Vec<String> {
+    let columns = objects.iter().filter(|(k, o)| k.kind == Kind::Column && k.table == table && !o.gone);
+    let mut order: Vec<(i64, &str)> = columns.map(|(k, o)| (o.place, k.name.as_str())).collect();
+    order.sort_unstable();
+    order.into_iter().map(|(_, name)| name.to_owned()).collect()
+}
+
+/// Gives the columns of a file places that keep their order and, where they can, the recorded places.
+fn place_columns(known: &Objects, actual: &mut Objects) {
+    let tables: Vec<String> =
+        actual.keys().filter(|k| k.kind == Kind::Table).map(|k| k.name.clone()).collect();
+    for table in tables {
+        let mut last: Option<(i64, String)> = None;
+        for name in column_order(actual, &table) {
+            let key = ObjectKey::column(&table, &name);
+            let recorded = known.get(&key).filter(|o| !o.gone).map(|o| (o.place, name.clone()));
+            let next = (last.as_ref().map_or(0, |(place, _)| place + 1), name.clone());
+            let place = recorded.filter(|r| last.as_ref().is_none_or(|l| r > l)).unwrap_or(next);
+            if let Some(object) = actual.get_mut(&key) {
+                object.place = place.0;
+            }
+            last = Some(place);
+        }
+    }
+}
