@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::config::raw::{ENV_PREFIX, KEYS};
+use crate::core::schema::SchemaMode;
 
 fn around(variables: &[(&str, &str)]) -> Surroundings {
     let variables = variables.iter().map(|(n, v)| (format!("{ENV_PREFIX}{n}").into(), v.into())).collect();
@@ -104,6 +105,7 @@ fn every_key_can_be_set_in_the_file_and_in_the_environment() {
         "client" | "http" => "'localhost:0'",
         "advertise" => "'[::1]:7'",
         "journal" => "'keep'",
+        "schema" => "'manual'",
         "log" => "'warn,litemesh=debug'",
         _ => "'word'",
     };
@@ -117,11 +119,11 @@ fn every_key_can_be_set_in_the_file_and_in_the_environment() {
         assert!(raw.databases.is_some() && raw.include.is_some() && raw.exclude.is_some());
         assert!(raw.name.is_some() && raw.state_dir.is_some() && raw.join.is_some() && raw.log.is_some());
         assert!(raw.cluster.is_some() && raw.client.is_some() && raw.http.is_some());
-        assert!(raw.advertise.is_some() && raw.journal.is_some());
+        assert!(raw.advertise.is_some() && raw.journal.is_some() && raw.schema.is_some());
     }
     let config = load(of_file, None, &around(&[])).unwrap();
     assert_eq!(config.advertise.unwrap().to_string(), "[::1]:7");
-    assert_eq!(config.journal, Journal::Keep);
+    assert_eq!((config.journal, config.schema), (Journal::Keep, SchemaMode::Manual));
     assert!(config.tables.covers("b") == config.tables.covers("Ab"));
 }
 
@@ -165,6 +167,7 @@ fn listeners_are_checked() {
 fn words_that_mean_nothing_are_refused() {
     assert!(refused(Raw { log: Some("verbose".into()), ..Raw::default() }).contains("did you mean"));
     assert!(refused(Raw { journal: Some("off".into()), ..Raw::default() }).contains("\"keep\""));
+    assert!(refused(Raw { schema: Some("auto".into()), ..Raw::default() }).contains("\"manual\""));
     assert!(refused(Raw { name: Some("a.b".into()), ..Raw::default() }).contains("'.'"));
     assert!(refused(Raw { include: Some(vec!["a[".into()]), ..Raw::default() }).contains("--include"));
     assert!(refused(Raw { join: Some(" ".into()), ..Raw::default() }).contains("missing"));

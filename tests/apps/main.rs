@@ -4,6 +4,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod django;
 mod isso;
 mod shell;
 mod writer;
