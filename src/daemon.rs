@@ -2,12 +2,16 @@
 //! down goes from the files outwards: absorb, send, close, then stop the server.
 
 pub mod control;
+pub mod control_verify;
 pub mod databases;
+pub mod divergence;
 pub mod joining;
 pub mod observe;
+pub mod repair;
 pub mod router;
 pub mod serve_copy;
 pub mod state_dir;
+pub mod verify;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -74,6 +78,11 @@ pub async fn run(config: Config, started: impl FnOnce(&Started)) -> Result<()> {
     tasks.spawn(router.clone().keep_saying_hello());
     let observer = Observer::new(&config, state.dir(), fabric.clone(), router.clone());
     tasks.spawn(observer.clone().run());
+    let members = fabric.clone();
+    router.verifier.know_members(move || members.members());
+    if let Some(every) = config.verify_every {
+        tasks.spawn(router.clone().keep_verifying(every));
+    }
     let (detach, detaching) = mpsc::channel(4);
     let contact = Contact::publish(state.dir(), page)?;
     let tokens = fabric.clone();

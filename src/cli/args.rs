@@ -75,6 +75,19 @@ pub enum Command {
     /// that takes longer than the time-out; the nodes that lag are then named.
     Sync(SyncArgs),
 
+    /// Compare this node's rows with those of every live node.
+    ///
+    /// Reads the tables in short pieces on both sides and holds up nobody. A write that is under way is no difference;
+    /// what is told was changed behind litemesh's back (triggers dropped, or switched off by a tool) or lost. The exit
+    /// code is 0 if all rows are the same and 1 if not; then the commands that repair are printed.
+    Verify(VerifyArgs),
+
+    /// Make the rows of one node those of all nodes.
+    ///
+    /// Where rows differ, the node named writes its own again, as ordinary writes that travel as any other; a row that
+    /// it lacks is deleted everywhere. Rows that are being changed meanwhile are left alone. May be run on any node.
+    Repair(RepairArgs),
+
     /// Tell what in a file's schema is fragile when several nodes write.
     ///
     /// Reads the file and changes nothing; the file need not be replicated yet. Each finding says what it is, what
@@ -170,6 +183,12 @@ pub struct UpArgs {
     /// Leave out tables that match one of these globs (may be given several times).
     #[arg(long, value_name = "TABLE_GLOB")]
     pub exclude: Vec<String>,
+    /// How often rows are compared with the other nodes', such as 1h, or off [default: 1h].
+    #[arg(long, value_name = "TIME")]
+    pub verify_every: Option<String>,
+    /// How far a clock may be ahead of the mesh's before what it dates waits [default: 60s].
+    #[arg(long, value_name = "TIME")]
+    pub max_skew: Option<String>,
     /// What to log: error, warn, info, debug, trace, or filters of single modules [default:
     /// info,nats=warn,async_nats=warn].
     #[arg(long, value_name = "LEVEL")]
@@ -220,6 +239,8 @@ impl UpArgs {
             schema,
             include: list(&self.include),
             exclude: list(&self.exclude),
+            verify_every: self.verify_every.clone(),
+            max_skew: self.max_skew.clone(),
             log: self.log.clone(),
         }
     }
@@ -248,6 +269,43 @@ pub struct SyncArgs {
     /// How long to wait, for example 500ms, 10s or 2m.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
     pub timeout: Duration,
+    /// Where the node's state is.
+    #[command(flatten)]
+    pub state: StateArgs,
+}
+
+/// Arguments of `verify`.
+#[derive(Debug, Clone, Args)]
+pub struct VerifyArgs {
+    /// The database's name; all of them by default.
+    #[arg(value_name = "DB")]
+    pub database: Option<String>,
+    /// Print the differences as JSON.
+    #[arg(long)]
+    pub json: bool,
+    /// Where the node's state is.
+    #[command(flatten)]
+    pub state: StateArgs,
+}
+
+/// Arguments of `repair`.
+#[derive(Debug, Clone, Args)]
+pub struct RepairArgs {
+    /// The database's name.
+    #[arg(value_name = "DB")]
+    pub database: Option<String>,
+    /// The node whose rows are right.
+    #[arg(long, value_name = "NODE")]
+    pub from: Option<String>,
+    /// Repair this table only.
+    #[arg(long, value_name = "TABLE")]
+    pub table: Option<String>,
+    /// Tell what would be done, and change nothing.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Print what was done as JSON.
+    #[arg(long)]
+    pub json: bool,
     /// Where the node's state is.
     #[command(flatten)]
     pub state: StateArgs,

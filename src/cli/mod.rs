@@ -8,5 +8,7 @@ pub mod complete;
 pub mod conflicts;
 pub mod demo;
 pub mod node;
+pub mod repair;
 pub mod run;
 pub mod up;
+pub mod verify;

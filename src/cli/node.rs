@@ -19,7 +19,7 @@ use crate::status::table;
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
-fn client(state: &StateArgs, patience: Duration) -> Result<Client> {
+pub(super) fn client(state: &StateArgs, patience: Duration) -> Result<Client> {
     Client::new(&config::state_dir(state.state_dir.as_deref(), &Surroundings::of_process())?, patience)
 }
 

@@ -4,7 +4,7 @@
 use std::process::ExitCode;
 
 use super::args::{Cli, Command, ConflictsCommand};
-use super::{check, complete, conflicts, demo, node, up};
+use super::{check, complete, conflicts, demo, node, repair, up, verify};
 use crate::config::ConfigError;
 use crate::config::error::EXIT_CONFIG;
 use crate::fabric::token::TokenError;
@@ -16,6 +16,8 @@ pub fn run(cli: &Cli) -> ExitCode {
         Command::Token(args) => node::token(args),
         Command::Status(args) => node::status(args),
         Command::Sync(args) => node::sync(args),
+        Command::Verify(args) => verify::run(args),
+        Command::Repair(args) => repair::run(args),
         Command::Check(args) => {
             let checked = check::run(args, &mut std::io::stdout());
             checked.map(ExitCode::from).map_err(Into::into)

@@ -12,7 +12,7 @@ use super::ConfigError;
 pub const ENV_PREFIX: &str = "LITEMESH_";
 
 /// The options, by their names in the file.
-pub const KEYS: [&str; 14] = [
+pub const KEYS: &[&str] = &[
     "databases",
     "name",
     "state_dir",
@@ -26,6 +26,8 @@ pub const KEYS: [&str; 14] = [
     "schema",
     "include",
     "exclude",
+    "verify_every",
+    "max_skew",
     "log",
 ];
 
@@ -63,6 +65,10 @@ pub struct Raw {
     pub include: Option<Vec<String>>,
     /// Globs of tables to leave out.
     pub exclude: Option<Vec<String>>,
+    /// How often rows are compared, or `off`.
+    pub verify_every: Option<String>,
+    /// How far a clock may be ahead.
+    pub max_skew: Option<String>,
     /// What to log.
     pub log: Option<String>,
 }
@@ -93,7 +99,7 @@ impl Raw {
         let table: toml::Table = toml::from_str(&text).map_err(wrong)?;
         for key in table.keys() {
             if !KEYS.contains(&key.as_str()) {
-                let nearest = nearest(key, &KEYS).to_owned();
+                let nearest = nearest(key, KEYS).to_owned();
                 let place = path.display().to_string();
                 return Err(ConfigError::UnknownKey { place, key: key.clone(), nearest });
             }
@@ -154,6 +160,8 @@ impl Raw {
             "join" => self.join = text(),
             "journal" => self.journal = text(),
             "schema" => self.schema = text(),
+            "verify_every" => self.verify_every = text(),
+            "max_skew" => self.max_skew = text(),
             "log" => self.log = text(),
             _ => {}
         }
@@ -188,6 +196,8 @@ impl Raw {
             schema: self.schema.or(below.schema),
             include: self.include.or(below.include),
             exclude: self.exclude.or(below.exclude),
+            verify_every: self.verify_every.or(below.verify_every),
+            max_skew: self.max_skew.or(below.max_skew),
             log: self.log.or(below.log),
         }
     }

@@ -4,11 +4,13 @@
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use glob::{MatchOptions, Pattern};
 use tracing_subscriber::EnvFilter;
 
 use super::databases;
+use super::duration::parse_duration;
 use super::raw::{Raw, nearest};
 use super::{ConfigError, Surroundings};
 use crate::core::names::{DbName, MAX_NAME_LEN, NodeName};
@@ -22,6 +24,11 @@ pub const DEFAULT_CLIENT: &str = "127.0.0.1:4222";
 pub const DEFAULT_HTTP: &str = "127.0.0.1:8222";
 /// What is logged by default.
 pub const DEFAULT_LOG: &str = "info,nats=warn,async_nats=warn";
+
+/// How often rows are compared by default.
+pub const DEFAULT_VERIFY_EVERY: &str = "1h";
+/// How far a clock may be ahead by default.
+pub const DEFAULT_MAX_SKEW: &str = "60s";
 
 /// A SQLite file to replicate.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -127,6 +134,10 @@ pub struct Config {
     pub schema: SchemaMode,
     /// Which tables are replicated.
     pub tables: TableFilter,
+    /// How often rows are compared with the other nodes'; never, if absent.
+    pub verify_every: Option<Duration>,
+    /// How far a clock may be ahead of the mesh's before what it dates waits.
+    pub max_skew: Duration,
     /// A filter for the log, in the syntax of `tracing_subscriber::EnvFilter`.
     pub log: String,
 }
@@ -159,6 +170,8 @@ pub fn validate(raw: Raw, around: &Surroundings) -> Result<Config, ConfigError> 
             include: globs("include", raw.include)?,
             exclude: globs("exclude", raw.exclude)?,
         },
+        verify_every: verify_every(raw.verify_every.as_deref())?,
+        max_skew: max_skew(raw.max_skew.as_deref())?,
         log: log(raw.log)?,
     })
 }
@@ -255,6 +268,27 @@ fn journal(given: Option<&str>) -> Result<Journal, ConfigError> {
         Some(other) => {
             Err(ConfigError::value("journal", other, "it is \"wal\" (WAL mode, set once) or \"keep\""))
         }
+    }
+}
+
+fn verify_every(given: Option<&str>) -> Result<Option<Duration>, ConfigError> {
+    let text = given.unwrap_or(DEFAULT_VERIFY_EVERY).trim();
+    if text.eq_ignore_ascii_case("off") {
+        return Ok(None);
+    }
+    match parse_duration(text) {
+        Ok(every) if every >= Duration::from_secs(1) => Ok(Some(every)),
+        Ok(_) => Err(ConfigError::value("verify_every", text, "at least 1s, or \"off\"")),
+        Err(why) => Err(ConfigError::value("verify_every", text, format!("{why}, or \"off\""))),
+    }
+}
+
+fn max_skew(given: Option<&str>) -> Result<Duration, ConfigError> {
+    let text = given.unwrap_or(DEFAULT_MAX_SKEW).trim();
+    match parse_duration(text) {
+        Ok(skew) if skew >= Duration::from_secs(10) => Ok(skew),
+        Ok(_) => Err(ConfigError::value("max_skew", text, "at least 10s: clocks and messages are never exact")),
+        Err(why) => Err(ConfigError::value("max_skew", text, why)),
     }
 }
 

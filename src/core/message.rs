@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::frame::WireError;
 use super::names::DbName;
 use super::vector::Vector;
+use super::verify::VerifyMessage;
 use super::version::{Hlc, SiteId};
 
 /// The format this litemesh writes, and the latest that it reads.
@@ -78,6 +79,8 @@ pub enum Message {
     },
     /// "I am leaving": nobody needs to wait for me.
     Bye,
+    /// Comparing and repairing rows.
+    Verify(VerifyMessage),
 }
 
 /// See [`Message::Hello`].

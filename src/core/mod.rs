@@ -2,6 +2,7 @@
 
 pub mod capture;
 pub mod ddl;
+pub mod digest;
 pub mod frame;
 pub mod lint;
 pub mod merge;
@@ -11,4 +12,5 @@ pub mod schema;
 pub mod sqltext;
 pub mod value;
 pub mod vector;
+pub mod verify;
 pub mod version;

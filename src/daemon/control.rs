@@ -110,6 +110,7 @@ pub fn routes(control: Control) -> Routes {
         .route("/control/sync", post(sync))
         .route("/control/token", get(token))
         .route("/control/detach", post(detach))
+        .merge(super::control_verify::routes())
         // Not for paths that nobody serves: those are unknown, not forbidden.
         .route_layer(middleware::from_fn_with_state(control.clone(), authorize))
         .with_state(control)

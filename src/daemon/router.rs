@@ -11,6 +11,7 @@ use tokio::sync::mpsc;
 use tracing::{debug, info, warn};
 
 use super::serve_copy::Copies;
+use super::verify::Verifier;
 use crate::core::message::{CopyPart, Fragment, Hello, Message, decode};
 use crate::core::names::{DbName, NodeName};
 use crate::core::version::SiteId;
@@ -56,10 +57,12 @@ pub struct Router {
     peers: Mutex<BTreeMap<NodeName, PeerInfo>>,
     waiting: Mutex<HashMap<u64, mpsc::Sender<CopyAnswer>>>,
     copies: Copies,
+    /// Comparing rows with peers.
+    pub(super) verifier: Verifier,
     outgoing: mpsc::Sender<Outgoing>,
 }
 
-fn held<T>(lock: Result<T, PoisonError<T>>) -> T {
+pub(super) fn held<T>(lock: Result<T, PoisonError<T>>) -> T {
     lock.unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -72,6 +75,7 @@ impl Router {
             peers: Mutex::default(),
             waiting: Mutex::default(),
             copies: Copies::new(spool),
+            verifier: Verifier::default(),
             outgoing,
         })
     }
@@ -83,6 +87,7 @@ impl Router {
 
     /// Takes a database away.
     pub fn remove(&self, db: &DbName) -> Option<WorkerHandle> {
+        self.verifier.forget(db);
         held(self.workers.write()).remove(db)
     }
 
@@ -146,6 +151,7 @@ impl Router {
             self.say_hello().await;
             self.tell_who_is_missed();
             self.copies.expire();
+            self.verifier.expire();
             tokio::time::sleep(HELLO_EVERY).await;
         }
     }
@@ -199,6 +205,7 @@ impl Router {
             }
             Message::CopyPart(part) => return self.on_copy(part.request, Ok(part.clone())).await,
             Message::Bye => return self.on_bye(&from),
+            Message::Verify(message) => return self.on_verify(from, message.clone()),
             Message::Refused { request, why } => {
                 self.on_copy(*request, Err(why.clone())).await;
                 None

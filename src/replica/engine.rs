@@ -201,7 +201,7 @@ impl Engine {
         Ok(reader)
     }
 
-    fn publish(&mut self, own: Option<OwnCommit>) {
+    pub(super) fn publish(&mut self, own: Option<OwnCommit>) {
         if let Some(own) = own {
             self.counters.commits_published += 1;
             self.counters.rows_published += own.header.rows;
@@ -267,7 +267,7 @@ impl Engine {
                 self.peers.remove(from);
                 Ok(())
             }
-            Message::Hello(_) | Message::CopyRequest(_) | Message::CopyPart(_) => Ok(()),
+            Message::Hello(_) | Message::CopyRequest(_) | Message::CopyPart(_) | Message::Verify(_) => Ok(()),
         }
     }
 

@@ -6,6 +6,7 @@ pub mod adopt;
 pub mod apply;
 pub mod assemble;
 pub mod body;
+pub mod compare;
 pub mod conflict;
 pub mod copy;
 pub mod engine;
@@ -13,12 +14,14 @@ pub mod materialize;
 pub mod page;
 pub mod plan;
 pub mod registry;
+pub mod repair;
 pub mod rows;
 pub mod schema;
 pub mod send;
 pub mod shadow;
 pub mod store;
 pub mod unique;
+pub mod verify;
 pub mod watch;
 pub mod worker;
 
@@ -86,6 +89,24 @@ pub enum ReplicaError {
         /// What SQLite said.
         source: rusqlite::Error,
     },
+    /// A table to be compared has other columns or another key here.
+    #[error("table {0:?} has other columns or another key here: run the same migration on both nodes")]
+    OtherLayout(String),
+    /// The schema changes so often that no table can be read with the one it has.
+    #[error("the file's schema is being changed all the time: try again later")]
+    Restless,
+    /// A peer asked for more at once than is answered.
+    #[error("more was asked at once than is answered")]
+    TooMuch,
+    /// A peer wants the clock raised further than is sound.
+    #[error("the asker's clock is more than 60 s ahead of this node's: set the clocks right")]
+    ClockAhead,
+    /// The database's thread has ended.
+    #[error("the database is being stopped or detached")]
+    Ended,
+    /// A file's clock went on while rows were to be written again with an earlier one.
+    #[error("the file's clock has passed the time that was set for the repair: run it again")]
+    ClockPassed,
     /// The file belongs to something else.
     #[error("{0}")]
     Unfit(String),

@@ -1,0 +1,377 @@
+//! Reading rows to compare them with another node's. Invariant: what is read was absorbed, and on the disk by a commit
+//! of ours, before it is told to anybody; no read transaction of a range lasts longer than the range.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rusqlite::Connection;
+
+use super::absorb::OwnCommit;
+use super::engine::Engine;
+use super::plan::Plan;
+use super::repair::{Fate, Restamp};
+use super::shadow::Sites;
+use super::store::Store;
+use super::worker::{WorkerHandle, wall_clock_ms};
+use super::{ReplicaError, Result};
+use crate::core::capture::state_table;
+use crate::core::digest::{Digest, Hash, Layout, RowHasher, Seen, SeenState};
+use crate::core::merge::RowState;
+use crate::core::sqltext::{ident, list};
+use crate::core::value::{Value, ValueRef};
+use crate::core::vector::Vector;
+use crate::core::verify::{
+    Cell, Key, LOOKUP_BYTES, LOOKUP_KEYS, Lookup, Question, RANGE_BYTES, RANGE_ROWS, Range, Reply, key_size,
+};
+use crate::core::version::Hlc;
+use crate::sqlite::{self, value::get};
+
+/// How often a moment without a pending log is tried for.
+const QUIET_TRIES: u32 = 50;
+/// How long to wait before the next try.
+const QUIET_PAUSE: Duration = Duration::from_millis(2);
+/// How far beyond this node's clock a file's clock may be raised for the asking.
+const RAISE_MS: u64 = 60_000;
+
+/// The file's owner, as a reader of it sees it: the only one who writes.
+pub trait Owner {
+    /// The replicated tables, and the schema's version when they were read.
+    fn plans(&self) -> Result<(Vec<Arc<Plan>>, i64)>;
+    /// Absorbs what the application wrote.
+    fn absorb(&self) -> Result<()>;
+    /// Reads single rows, in a transaction that has absorbed everything.
+    fn look_up(&self, lookup: &Lookup) -> Result<(Vec<Seen>, Vector)>;
+    /// A connection in a read transaction that stands at a state which is wholly absorbed.
+    fn snapshot(&self) -> Result<Connection>;
+    /// What all files of the database share.
+    fn lineage(&self) -> Result<u64>;
+    /// The file's clock, or this node's if it is later, in milliseconds since 1970.
+    fn clock_ms(&self) -> Result<u64>;
+    /// Writes rows again where they differ from the peers'.
+    fn restamp(&self, order: Restamp) -> Result<Vec<Fate>>;
+}
+
+/// Part of a table.
+#[derive(Debug, Clone, Default)]
+pub struct Part {
+    /// The rows' digest.
+    pub digest: Digest,
+    /// The last row's key, if there may be more in the range.
+    pub end: Option<Key>,
+}
+
+/// Reads ranges of tables, through a connection of its own.
+pub struct Reader {
+    conn: Connection,
+    sites: Sites,
+    plans: Vec<Arc<Plan>>,
+    schema_version: i64,
+}
+
+impl Reader {
+    /// A reader of the file.
+    pub fn open(path: &Path) -> Result<Self> {
+        Ok(Self::with_connection(sqlite::open_read_only(path)?))
+    }
+
+    /// A reader that uses a connection of its own, in-memory databases included.
+    pub fn with_connection(conn: Connection) -> Self {
+        Self { conn, sites: Sites::default(), plans: Vec::new(), schema_version: -1 }
+    }
+
+    /// The layouts of the replicated tables.
+    pub fn layouts(&mut self, owner: &dyn Owner) -> Result<Vec<Layout>> {
+        Ok(owner.plans()?.0.iter().map(|p| Layout::of(&p.table).0).collect())
+    }
+
+    /// Answers a peer's question.
+    pub fn answer(&mut self, owner: &dyn Owner, question: &Question) -> Result<Reply> {
+        match question {
+            Question::Layouts => Ok(Reply::Layouts(self.layouts(owner)?)),
+            Question::Range(range, theirs) => {
+                let limit = RANGE_ROWS * 2;
+                let part = self.digest(owner, range, limit)?;
+                if part.digest == *theirs && part.end.is_none() {
+                    return Ok(Reply::Same);
+                }
+                let (rows, end) = self.list(owner, range, limit)?;
+                Ok(Reply::Rows(rows, end))
+            }
+            Question::Lookup(lookup) => {
+                let (seen, vector) = owner.look_up(lookup)?;
+                Ok(Reply::Seen(seen, vector))
+            }
+        }
+    }
+
+    /// The digest of the first rows of a range.
+    pub fn digest(&mut self, owner: &dyn Owner, range: &Range, limit: usize) -> Result<Part> {
+        let mut part = Part::default();
+        part.end = self.read(owner, range, limit, |_, hash| part.digest.add(hash))?;
+        Ok(part)
+    }
+
+    /// The first rows of a range, and where they end if that is not the range's own end.
+    pub fn list(
+        &mut self,
+        owner: &dyn Owner,
+        range: &Range,
+        limit: usize,
+    ) -> Result<(Vec<(Key, Hash)>, Option<Key>)> {
+        let mut rows = Vec::new();
+        let end = self.read(owner, range, limit, |key, hash| {
+            rows.push((key.iter().map(|k| Cell::from(*k)).collect(), hash));
+        })?;
+        Ok((rows, end))
+    }
+
+    fn read(
+        &mut self,
+        owner: &dyn Owner,
+        range: &Range,
+        limit: usize,
+        visit: impl FnMut(&[ValueRef<'_>], Hash),
+    ) -> Result<Option<Key>> {
+        self.begin(owner)?;
+        let result = self.read_rows(range, limit, visit);
+        self.conn.execute_batch("COMMIT")?;
+        result
+    }
+
+    /// Begins a read transaction at a moment when everything is absorbed.
+    fn begin(&mut self, owner: &dyn Owner) -> Result<()> {
+        for attempt in 0..QUIET_TRIES {
+            self.conn.execute_batch("BEGIN")?;
+            let version: i64 =
+                self.conn.prepare_cached("PRAGMA schema_version")?.query_row([], |r| r.get(0))?;
+            let logged = self.conn.prepare_cached("SELECT 1 FROM __litemesh_log LIMIT 1")?.exists([])?;
+            if !logged && version == self.schema_version {
+                self.sites = Sites::load(&self.conn)?;
+                return Ok(());
+            }
+            self.conn.execute_batch("COMMIT")?;
+            if attempt > 3 {
+                std::thread::sleep(QUIET_PAUSE);
+            }
+            owner.absorb()?;
+            (self.plans, self.schema_version) = owner.plans()?;
+        }
+        // It is written without a pause: its owner holds up writers for a moment.
+        self.conn = owner.snapshot()?;
+        let version: i64 = self.conn.query_row("PRAGMA schema_version", [], |r| r.get(0))?;
+        if version == self.schema_version {
+            self.sites = Sites::load(&self.conn)?;
+            return Ok(());
+        }
+        self.conn.execute_batch("COMMIT")?;
+        Err(ReplicaError::Restless)
+    }
+
+    fn read_rows(
+        &mut self,
+        range: &Range,
+        limit: usize,
+        mut visit: impl FnMut(&[ValueRef<'_>], Hash),
+    ) -> Result<Option<Key>> {
+        let (plan, order) = find(&self.plans, &range.layout)?;
+        let keys = plan.table.key.len();
+        let mut statement = self.conn.prepare_cached(&range_sql(&plan, &order, range))?;
+        let bounds = [&range.after, &range.upto].into_iter().flatten().flatten();
+        let bounds: Vec<Value> = bounds.map(Cell::to_value).collect();
+        let mut rows = statement.query(rusqlite::params_from_iter(&bounds))?;
+        let mut hasher = RowHasher::default();
+        let (mut count, mut bytes) = (0, 0);
+        while let Some(row) = rows.next()? {
+            let key = (0..keys).map(|i| get(row, i)).collect::<rusqlite::Result<Vec<_>>>()?;
+            for value in &key {
+                bytes += size(*value);
+                hasher.value(*value);
+            }
+            let state = match row.get_ref(keys)? {
+                rusqlite::types::ValueRef::Null => SeenState::adopted(),
+                _ => SeenState::of(&self.sites.read_state(row, keys)?, &plan.table, &order),
+            };
+            hasher.state(&state);
+            for i in 0..order.len() {
+                let value = get(row, keys + 5 + i)?;
+                bytes += size(value);
+                hasher.value(value);
+            }
+            visit(&key, hasher.finish());
+            count += 1;
+            if count >= limit || bytes >= RANGE_BYTES {
+                return Ok(Some(key.iter().map(|k| Cell::from(*k)).collect()));
+            }
+        }
+        Ok(None)
+    }
+}
+
+fn size(value: ValueRef<'_>) -> usize {
+    match value {
+        ValueRef::Text(b) | ValueRef::Blob(b) => b.len(),
+        _ => 8,
+    }
+}
+
+/// The table with this layout.
+fn find(plans: &[Arc<Plan>], layout: &Layout) -> Result<(Arc<Plan>, Vec<usize>)> {
+    for plan in plans.iter().filter(|p| p.table.name.eq_ignore_ascii_case(&layout.table)) {
+        let (here, order) = Layout::of(&plan.table);
+        if here == *layout {
+            return Ok((plan.clone(), order));
+        }
+    }
+    Err(ReplicaError::OtherLayout(layout.table.clone()))
+}
+
+/// `after key…, up to key…` -> key, state, columns in the layout's order. Keys of which a part is NULL stay on their
+/// node and are left out.
+fn range_sql(plan: &Plan, order: &[usize], range: &Range) -> String {
+    let table = &plan.table;
+    let keys = list(&table.key, |k| format!("t.{}", k.sql));
+    let columns: String = order.iter().map(|i| format!(", t.{}", ident(&table.columns[*i].name))).collect();
+    let on = table.key.iter().enumerate().map(|(i, k)| format!("t.{} = s.k{i}", k.sql));
+    let on = on.collect::<Vec<_>>().join(" AND ");
+    let mut conditions: Vec<String> =
+        table.key.iter().filter(|k| k.nullable).map(|k| format!("t.{} IS NOT NULL", k.sql)).collect();
+    let mut next = 1;
+    for (bound, operator) in [(&range.after, ">"), (&range.upto, "<=")] {
+        if bound.is_some() {
+            let params = list(next..next + table.key.len(), |i| format!("?{i}"));
+            conditions.push(match table.key.len() {
+                1 => format!("{keys} {operator} {params}"),
+                _ => format!("({keys}) {operator} ({params})"),
+            });
+            next += table.key.len();
+        }
+    }
+    let conditions = if conditions.is_empty() { "1".to_owned() } else { conditions.join(" AND ") };
+    format!(
+        "SELECT {keys}, s.bh, s.bs, s.dh, s.ds, s.cols{columns} FROM {} AS t LEFT JOIN {} AS s ON {on} \
+         WHERE {conditions} ORDER BY {keys}",
+        ident(&table.name),
+        state_table(table)
+    )
+}
+
+impl Engine {
+    /// Reads single rows; see [`Store::look_up`].
+    pub fn look_up(&mut self, lookup: &Lookup, now_ms: u64) -> Result<(Vec<Seen>, Vector)> {
+        let (own, seen, vector) = self.store_mut().look_up(lookup, now_ms)?;
+        self.publish(own);
+        Ok((seen, vector))
+    }
+
+    /// Writes rows again; see [`Store::restamp`].
+    pub fn restamp(&mut self, order: &Restamp) -> Result<Vec<Fate>> {
+        let (own, fates) = self.store_mut().restamp(order)?;
+        own.into_iter().for_each(|o| self.publish(Some(o)));
+        Ok(fates)
+    }
+}
+
+impl Owner for WorkerHandle {
+    fn plans(&self) -> Result<(Vec<Arc<Plan>>, i64)> {
+        self.call(|e| (e.store().plans().to_vec(), e.store().schema_version())).ok_or(ReplicaError::Ended)
+    }
+
+    fn absorb(&self) -> Result<()> {
+        self.call(Engine::absorb).ok_or(ReplicaError::Ended)?
+    }
+
+    fn look_up(&self, lookup: &Lookup) -> Result<(Vec<Seen>, Vector)> {
+        let lookup = lookup.clone();
+        self.call(move |e| e.look_up(&lookup, wall_clock_ms())).ok_or(ReplicaError::Ended)?
+    }
+
+    fn snapshot(&self) -> Result<Connection> {
+        self.call(Engine::snapshot).ok_or(ReplicaError::Ended)?
+    }
+
+    fn lineage(&self) -> Result<u64> {
+        self.call(|e| e.store().head().lineage).ok_or(ReplicaError::Ended)
+    }
+
+    fn clock_ms(&self) -> Result<u64> {
+        let ms = self.call(|e| e.store().head().hlc.ms()).ok_or(ReplicaError::Ended)?;
+        Ok(ms.max(wall_clock_ms()))
+    }
+
+    fn restamp(&self, order: Restamp) -> Result<Vec<Fate>> {
+        self.call(move |e| e.restamp(&order)).ok_or(ReplicaError::Ended)?
+    }
+}
+
+impl Store {
+    /// The schema's version when the tables were read last.
+    pub fn schema_version(&self) -> i64 {
+        self.schema_version
+    }
+
+    /// Reads single rows in a write transaction that has absorbed everything, and that is on the disk afterwards:
+    /// whatever the application wrote before it is then, too.
+    pub fn look_up(
+        &mut self,
+        lookup: &Lookup,
+        now_ms: u64,
+    ) -> Result<(Option<OwnCommit>, Vec<Seen>, Vector)> {
+        let bytes: usize = lookup.keys.iter().map(key_size).sum();
+        if lookup.keys.len() > LOOKUP_KEYS || bytes > LOOKUP_BYTES && lookup.keys.len() > 1 {
+            return Err(ReplicaError::TooMuch);
+        }
+        if lookup.later_than_ms.is_some_and(|ms| ms > now_ms + RAISE_MS) {
+            return Err(ReplicaError::ClockAhead);
+        }
+        self.write(|store| {
+            let own = store.absorb_pending()?;
+            if let Some(ms) = lookup.later_than_ms {
+                store.head.hlc = store.head.hlc.max(Hlc::from_ms(ms));
+            }
+            store.save_clock()?;
+            let seen = store.see(&lookup.layout, &lookup.keys)?;
+            Ok((own, seen, store.head.vector.clone()))
+        })
+    }
+
+    /// What is seen of single rows, within the transaction at hand.
+    pub(super) fn see(&self, layout: &Layout, keys: &[Key]) -> Result<Vec<Seen>> {
+        let (plan, order) = find(&self.plans, layout)?;
+        keys.iter().map(|key| self.see_row(&plan, &order, key)).collect()
+    }
+
+    fn see_row(&self, plan: &Plan, order: &[usize], key: &Key) -> Result<Seen> {
+        let values: Vec<Value> = key.iter().map(Cell::to_value).collect();
+        let refs: Vec<ValueRef<'_>> = values.iter().map(Value::as_ref).collect();
+        if refs.len() != plan.table.key.len() {
+            return Err(ReplicaError::OtherLayout(plan.table.name.clone()));
+        }
+        let state: Option<RowState> = self.sites.get(&self.conn, plan, &refs)?;
+        let state = state.map(|s| SeenState::of(&s, &plan.table, order));
+        let mut statement = self.conn.prepare_cached(&row_sql(plan, order))?;
+        let mut rows = statement.query(rusqlite::params_from_iter(&refs))?;
+        let Some(row) = rows.next()? else { return Ok(Seen { state, ..Seen::NOTHING }) };
+        let mut hasher = RowHasher::default();
+        for i in 0..refs.len() {
+            hasher.value(get(row, i)?);
+        }
+        let key = hasher.finish().0;
+        let mut columns = Vec::with_capacity(order.len());
+        for i in 0..order.len() {
+            hasher.value(get(row, refs.len() + i)?);
+            columns.push(hasher.finish().0);
+        }
+        Ok(Seen { present: true, state, key, columns })
+    }
+}
+
+/// `k…` -> key, columns in the layout's order.
+fn row_sql(plan: &Plan, order: &[usize]) -> String {
+    let table = &plan.table;
+    let columns = table.key.iter().map(|k| k.sql.clone());
+    let columns = columns.chain(order.iter().map(|i| ident(&table.columns[*i].name)));
+    let on = table.key.iter().enumerate().map(|(i, k)| format!("{} = ?{}", k.sql, i + 1));
+    let on = on.collect::<Vec<_>>().join(" AND ");
+    format!("SELECT {} FROM {} WHERE {on}", list(columns, |c| c), ident(&table.name))
+}
