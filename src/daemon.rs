@@ -195,6 +195,8 @@ async fn serve(
         }
         info!("stopping: what was committed is sent first");
     }
+    let ending = starter.router.clone();
+    tokio::task::spawn_blocking(move || ending.verifier.end()).await?;
     for (name, database) in running {
         starter.router.remove(&name);
         tokio::task::spawn_blocking(move || database.stop()).await?;

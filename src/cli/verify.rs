@@ -52,7 +52,7 @@ fn render(answer: &VerifyAnswer) -> String {
             o.took_ms
         ),
     };
-    for row in answer.rows.iter().take(PRINTED) {
+    for row in answer.differences.iter().take(PRINTED) {
         let _ = writeln!(out, "  {} {}: {}", clean(&row.table), row.key, what(row));
     }
     if o.divergent_rows > PRINTED as u64 {

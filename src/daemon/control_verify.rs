@@ -30,7 +30,7 @@ pub struct VerifyAnswer {
     #[serde(flatten)]
     pub outcome: Outcome,
     /// The rows that differ, or the first of them.
-    pub rows: Vec<Divergent>,
+    pub differences: Vec<Divergent>,
 }
 
 /// Asks for `/control/repair`.
@@ -67,8 +67,8 @@ async fn verify(State(control): State<Control>, Json(ask): Json<VerifyAsk>) -> R
     let work = tokio::task::spawn_blocking(move || {
         let each = databases.into_iter().map(|db| {
             let compared = router.verify(&db, Speed::OnDemand);
-            let (outcome, rows) = compared.map_err(|why| format!("{db}: {why}"))?;
-            Ok(VerifyAnswer { db, outcome, rows })
+            let (outcome, differences) = compared.map_err(|why| format!("{db}: {why}"))?;
+            Ok(VerifyAnswer { db, outcome, differences })
         });
         each.collect::<Result<Vec<_>, String>>()
     });

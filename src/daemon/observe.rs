@@ -13,11 +13,14 @@ use time::format_description::well_known::Rfc3339;
 use super::router::Router;
 use crate::config::Config;
 use crate::core::names::DbName;
+use crate::core::verify::Outcome;
 use crate::fabric::Fabric;
 use crate::replica::engine::Engine;
 use crate::replica::worker::{Report, wall_clock_ms};
 use crate::status::StatusHandle;
-use crate::status::model::{DatabasePeer, DatabaseState, DatabaseStatus, FabricStatus, PeerStatus, Status};
+use crate::status::model::{
+    DatabasePeer, DatabaseState, DatabaseStatus, FabricStatus, PeerStatus, Status, Verified,
+};
 
 /// How often the whole is put together.
 const EVERY: Duration = Duration::from_millis(250);
@@ -148,8 +151,27 @@ impl Observer {
         status.peers = peers.into_values().collect();
         status.databases =
             inner.reports.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+        add_outcomes(&mut status.databases, &inner.router.verifier.outcomes(), now_ms);
         judge(&mut status, inner.ready.load(Ordering::Acquire));
         status
+    }
+}
+
+fn add_outcomes(databases: &mut [DatabaseStatus], outcomes: &BTreeMap<DbName, Outcome>, now_ms: u64) {
+    for (name, o) in outcomes {
+        let Some(db) = databases.iter_mut().find(|d| d.name == name.as_str()) else { continue };
+        let at = OffsetDateTime::from_unix_timestamp((o.at_ms / 1_000) as i64).ok();
+        db.verified = Some(Verified {
+            at: at.and_then(|t| t.format(&Rfc3339).ok()).unwrap_or_default(),
+            age_s: now_ms.saturating_sub(o.at_ms) as f64 / 1_000.0,
+            took_s: o.took_ms as f64 / 1_000.0,
+            by: o.by.to_string(),
+            nodes: o.nodes.iter().map(ToString::to_string).collect(),
+            not_compared: o.not_compared.clone(),
+            rows: o.rows,
+            divergent_rows: o.divergent_rows,
+            unsettled_rows: o.unsettled_rows,
+        });
     }
 }
 
@@ -171,6 +193,12 @@ fn judge(status: &mut Status, started: bool) {
         if db.null_key_rows > 0 {
             let text = "changes of rows whose key is NULL stay on this node";
             status.warnings.push(format!("{}: {} {text}", db.name, db.null_key_rows));
+        }
+        if let Some(v) = db.verified.as_ref().filter(|v| v.divergent_rows > 0) {
+            let (n, name, nodes) = (v.divergent_rows, &db.name, v.nodes.join(", "));
+            let text =
+                format!("{name}: {n} rows were not the same on {} and {nodes}: litemesh verify {name}", v.by);
+            status.warnings.push(text);
         }
         if db.conflicts > 0 {
             let text = "writes lost against others and are kept: litemesh conflicts list";
@@ -234,6 +262,7 @@ fn describe(
         conflicts: store.conflict_count().unwrap_or_default(),
         null_key_rows: store.null_keys(),
         state_rows,
+        verified: None,
         peers: peers.collect(),
     }
 }

@@ -3,7 +3,7 @@
 
 use std::fmt::Write;
 
-use super::model::{DatabasePeer, DatabaseState, DatabaseStatus, PeerStatus, Status};
+use super::model::{DatabasePeer, DatabaseState, DatabaseStatus, PeerStatus, Status, Verified};
 
 /// The media type of what [`render`] makes.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -129,6 +129,19 @@ fn databases(w: &mut Writer<'_>, databases: &[DatabaseStatus]) {
         let samples = databases.iter().map(|d| (vec![("db", d.name.as_str())], value(d) as f64));
         w.family(name, kind, help, samples);
     }
+    verified(w, databases);
+}
+
+fn verified(w: &mut Writer<'_>, databases: &[DatabaseStatus]) {
+    let each = |value: fn(&Verified) -> f64| {
+        let all = databases.iter().filter_map(|d| Some((d, d.verified.as_ref()?)));
+        all.map(move |(d, v)| (vec![("db", d.name.as_str())], value(v)))
+    };
+    let help = "Rows that were not the same on all nodes when they were compared last.";
+    w.family("divergent_rows", Type::Gauge, help, each(|v| v.divergent_rows as f64));
+    w.family("verified_age_seconds", Type::Gauge, "Time since rows were compared last.", each(|v| v.age_s));
+    let help = "How long the last comparison took.";
+    w.family("verified_took_seconds", Type::Gauge, help, each(|v| v.took_s));
 }
 
 fn database_peers(w: &mut Writer<'_>, databases: &[DatabaseStatus]) {

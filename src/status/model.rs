@@ -142,8 +142,34 @@ pub struct DatabaseStatus {
     pub null_key_rows: u64,
     /// Rows of replication state in the file.
     pub state_rows: u64,
+    /// What the latest comparison with other nodes found; absent until there was one.
+    #[serde(default)]
+    pub verified: Option<Verified>,
     /// How peers stand with this database.
     pub peers: Vec<DatabasePeer>,
+}
+
+/// What comparing rows with other nodes found.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Verified {
+    /// When, RFC 3339 in UTC.
+    pub at: String,
+    /// How many seconds ago that was.
+    pub age_s: f64,
+    /// How many seconds it took.
+    pub took_s: f64,
+    /// The node that compared.
+    pub by: String,
+    /// The nodes it compared with.
+    pub nodes: Vec<String>,
+    /// Nodes and tables that were not compared, and why.
+    pub not_compared: Vec<String>,
+    /// Rows looked at.
+    pub rows: u64,
+    /// Rows that are not the same everywhere.
+    pub divergent_rows: u64,
+    /// Rows that kept changing.
+    pub unsettled_rows: u64,
 }
 
 /// How a peer stands with a database.
@@ -181,6 +207,16 @@ pub(super) fn example() -> Status {
         vector: BTreeMap::from([("00000000000000a1".into(), 7)]),
         commits_published: 1204,
         conflicts: 3,
+        verified: Some(Verified {
+            at: "2026-01-02T03:00:00Z".into(),
+            age_s: 245.0,
+            took_s: 1.5,
+            by: "n1".into(),
+            nodes: vec!["n2".into()],
+            rows: 1_000,
+            divergent_rows: 2,
+            ..Verified::default()
+        }),
         peers,
         ..DatabaseStatus::default()
     };

@@ -3,7 +3,7 @@
 
 use comfy_table::{CellAlignment, ColumnConstraint, ContentArrangement, Table, Width, presets};
 
-use super::model::{DatabaseStatus, FabricStatus, PeerStatus, Status};
+use super::model::{DatabaseStatus, FabricStatus, PeerStatus, Status, Verified};
 
 /// The width used when the terminal does not tell its own.
 pub const DEFAULT_WIDTH: u16 = 80;
@@ -115,8 +115,21 @@ fn notes(databases: &[DatabaseStatus], width: u16) -> String {
             let text = format!("{}: {} rows stay here: their key is NULL", clean(&d.name), d.null_key_rows);
             lines.add_row(["local".to_owned(), text]);
         }
+        if let Some(v) = &d.verified {
+            lines.add_row(["verified".to_owned(), format!("{}: {}", clean(&d.name), clean(&verified(v)))]);
+        }
     }
     if lines.is_empty() { String::new() } else { finish(&lines) }
+}
+
+fn verified(v: &Verified) -> String {
+    let nodes = v.nodes.join(", ");
+    let what = match (v.nodes.is_empty(), v.divergent_rows) {
+        (true, _) => "no other node was there to compare with".to_owned(),
+        (false, 0) => format!("{} rows are the same on {nodes} and {}", v.rows, v.by),
+        (false, n) => format!("{n} of {} rows DIFFER between {nodes} and {}", v.rows, v.by),
+    };
+    format!("{what}, {} ago", duration(v.age_s))
 }
 
 /// A table of a word and a text that may take several lines.

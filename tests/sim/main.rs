@@ -4,6 +4,7 @@
 //! `LITEMESH_SIM_SEED=n` runs one seed, `LITEMESH_SIM_SEEDS=n` that many.
 
 mod ddl;
+mod compare;
 mod scripted;
 mod world;
 

@@ -138,14 +138,40 @@ impl World {
 
     pub fn run(mut self) {
         for _ in 0..self.options.steps {
-            self.now_ms += self.random.random_range(1..120);
-            self.misfortune();
-            let i = self.random.random_range(0..self.nodes.len());
-            self.write(i);
-            self.turn();
+            self.step();
         }
         self.settle_down();
         self.check();
+    }
+
+    /// Time goes on, something happens, somebody writes, everybody takes a turn.
+    pub fn step(&mut self) {
+        self.now_ms += self.random.random_range(1..120);
+        self.misfortune();
+        let i = self.random.random_range(0..self.nodes.len());
+        self.write(i);
+        self.turn();
+    }
+
+    /// Time goes on without writes.
+    pub fn wait(&mut self, ms: u64) {
+        self.now_ms += ms;
+        self.turn();
+    }
+
+    /// A node's engine, which must be up.
+    pub fn engine(&mut self, i: usize) -> &mut Engine {
+        self.nodes[i].engine.as_mut().expect("it is up")
+    }
+
+    /// A connection of its own to a node's database.
+    pub fn connect(&self, i: usize) -> Connection {
+        Connection::open(&self.nodes[i].uri).unwrap()
+    }
+
+    /// The simulated clock.
+    pub fn now_ms(&self) -> u64 {
+        self.now_ms
     }
 
     fn misfortune(&mut self) {
@@ -234,7 +260,7 @@ impl World {
     }
 
     /// Everybody takes in what arrived and says what it has to say.
-    fn turn(&mut self) {
+    pub fn turn(&mut self) {
         for (to, message) in self.net.deliver(self.now_ms) {
             let Some(i) = self.nodes.iter().position(|n| n.name == to) else { continue };
             let node = &mut self.nodes[i];
@@ -284,7 +310,7 @@ impl World {
     }
 
     /// The network is good again, everybody is there, nobody writes: how long until all is quiet is bounded.
-    fn settle_down(&mut self) {
+    pub fn settle_down(&mut self) {
         self.net.heal();
         self.net.set_weather(Weather { drop: 0.0, duplicate: 0.0, max_delay_ms: 5 });
         for i in 0..self.nodes.len() {
@@ -308,7 +334,7 @@ impl World {
         panic!("the nodes do not come to agree: seed {}", self.seed);
     }
 
-    fn check(&self) {
+    pub fn check(&self) {
         let expected = self.dump(0);
         for i in 0..self.nodes.len() {
             let ok: String = self.nodes[i].app.query_row("PRAGMA integrity_check", [], |r| r.get(0)).unwrap();
@@ -330,7 +356,7 @@ impl World {
     }
 
     /// Every row of every table as text, by SQLite's own quoting: nothing of litemesh's takes part in comparing.
-    fn dump(&self, i: usize) -> BTreeMap<String, Vec<String>> {
+    pub fn dump(&self, i: usize) -> BTreeMap<String, Vec<String>> {
         let app = &self.nodes[i].app;
         let mut out = BTreeMap::new();
         let mut tables = app
