@@ -287,7 +287,9 @@ fn max_skew(given: Option<&str>) -> Result<Duration, ConfigError> {
     let text = given.unwrap_or(DEFAULT_MAX_SKEW).trim();
     match parse_duration(text) {
         Ok(skew) if skew >= Duration::from_secs(10) => Ok(skew),
-        Ok(_) => Err(ConfigError::value("max_skew", text, "at least 10s: clocks and messages are never exact")),
+        Ok(_) => {
+            Err(ConfigError::value("max_skew", text, "at least 10s: clocks and messages are never exact"))
+        }
         Err(why) => Err(ConfigError::value("max_skew", text, why)),
     }
 }

@@ -100,7 +100,11 @@ impl Layout {
     pub fn of(table: &Table) -> (Self, Vec<usize>) {
         let mut order: Vec<usize> = (0..table.columns.len()).collect();
         order.sort_by_key(|i| table.columns[*i].name.to_ascii_lowercase());
-        let key = table.key.iter().map(|k| (k.name.to_ascii_lowercase(), k.collation.to_ascii_uppercase())).collect();
+        let key = table
+            .key
+            .iter()
+            .map(|k| (k.name.to_ascii_lowercase(), k.collation.to_ascii_uppercase()))
+            .collect();
         let columns = order.iter().map(|i| table.columns[*i].name.to_ascii_lowercase()).collect();
         (Self { table: table.name.to_ascii_lowercase(), key, columns }, order)
     }

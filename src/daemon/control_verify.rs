@@ -84,8 +84,7 @@ async fn repair(State(control): State<Control>, Json(ask): Json<RepairAsk>) -> R
     if router.worker(&ask.db).is_none() {
         return failed(StatusCode::NOT_FOUND, &format!("this node does not replicate {}", ask.db));
     }
-    let work =
-        tokio::task::spawn_blocking(move || router.repair(&ask.db, &ask.from, ask.table, ask.dry_run));
+    let work = tokio::task::spawn_blocking(move || router.repair(&ask.db, &ask.from, ask.table, ask.dry_run));
     match work.await {
         Ok(Ok(done)) => Json(done).into_response(),
         Ok(Err(why)) => failed(StatusCode::CONFLICT, &why),

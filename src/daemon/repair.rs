@@ -70,7 +70,11 @@ impl Repair<'_> {
         }
     }
 
-    fn restamp(&mut self, layout: &crate::core::digest::Layout, keys: &[Key]) -> Result<Vec<Fate>, CompareError> {
+    fn restamp(
+        &mut self,
+        layout: &crate::core::digest::Layout,
+        keys: &[Key],
+    ) -> Result<Vec<Fate>, CompareError> {
         let mut tries = 0;
         loop {
             tries += 1;
@@ -154,7 +158,9 @@ impl Router {
                 pace: &mut pace,
                 compared: Default::default(),
             };
-            comparison.run(table, &mut |found| repair.take(found)).map_err(|e| format!("node {node}: {e}"))?;
+            comparison
+                .run(table, &mut |found| repair.take(found))
+                .map_err(|e| format!("node {node}: {e}"))?;
             repair.done.left += comparison.compared.unsettled;
             let left_out = std::mem::take(&mut comparison.compared.left_out).into_iter();
             repair.done.not_compared.extend(left_out.map(|why| format!("with node {node}: {why}")));

@@ -178,7 +178,7 @@ fn widen_log(conn: &Connection, table: &Table) -> Result<()> {
 }
 
 /// Creates the triggers that are missing or out of date; returns whether the essential one was there.
-fn place_triggers(conn: &Connection, table: &Table) -> Result<bool> {
+pub(super) fn place_triggers(conn: &Connection, table: &Table) -> Result<bool> {
     let wanted: BTreeMap<String, String> = triggers(table).into_iter().collect();
     let suffix = format!("_{}", table.id);
     let mut statement = conn.prepare_cached(

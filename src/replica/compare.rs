@@ -1,7 +1,7 @@
 //! Comparing a file's rows with a peer's: tables in ranges of keys, then the rows of ranges that differ, then single
 //! rows until they settle. Invariant: what is found was seen twice, and each time no write under way could explain it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use super::ReplicaError;
@@ -127,11 +127,7 @@ impl Comparison<'_> {
         self.compared.left_out.push(format!("table {:?} {why}", layout.table));
     }
 
-    fn table(
-        &mut self,
-        layout: &Layout,
-        found: &mut dyn FnMut(Vec<Finding>) -> Result<()>,
-    ) -> Result<()> {
+    fn table(&mut self, layout: &Layout, found: &mut dyn FnMut(Vec<Finding>) -> Result<()>) -> Result<()> {
         let mut candidates = Vec::new();
         let mut after = None;
         loop {
@@ -191,7 +187,7 @@ impl Comparison<'_> {
     /// Looks at single rows until it is clear what each means, or patience ends.
     fn settle(&mut self, layout: &Layout, candidates: Vec<Key>) -> Result<Vec<Finding>> {
         let mut open: Vec<(Key, Option<Difference>)> = candidates.into_iter().map(|k| (k, None)).collect();
-        let mut findings = Vec::new();
+        let (mut findings, mut spellings) = (Vec::new(), HashSet::new());
         let started = Instant::now();
         let mut rounds = 0;
         while !open.is_empty() && (rounds < 3 || started.elapsed() < self.pace.patience()) {
@@ -210,6 +206,11 @@ impl Comparison<'_> {
                         Verdict::Equal => {}
                         Verdict::Unsettled => still.push((key, None)),
                         Verdict::Differs(difference) if before.as_ref() == Some(&difference) => {
+                            // One row whose key is spelled in two ways was a candidate under both.
+                            let spelled = ours.present && theirs.present && ours.key != theirs.key;
+                            if spelled && !spellings.insert((ours.key, theirs.key)) {
+                                continue;
+                            }
                             findings.push(Finding { layout: layout.clone(), key, difference, ours, theirs });
                         }
                         Verdict::Differs(difference) => still.push((key, Some(difference))),

@@ -134,7 +134,9 @@ fn decide(
                 match difference {
                     Difference::Columns(c) if !c.is_empty() => columns.extend(c),
                     Difference::Columns(_) | Difference::Versions => whole = true,
-                    Difference::MissingThere | Difference::MissingHere => columns.extend(0..places.len() as u32),
+                    Difference::MissingThere | Difference::MissingHere => {
+                        columns.extend(0..places.len() as u32)
+                    }
                 }
             }
         }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use rusqlite::Connection;
 
 use super::absorb::OwnCommit;
+use super::adopt::place_triggers;
 use super::engine::Engine;
 use super::plan::Plan;
 use super::repair::{Fate, Restamp};
@@ -15,7 +16,7 @@ use super::shadow::Sites;
 use super::store::Store;
 use super::worker::{WorkerHandle, wall_clock_ms};
 use super::{ReplicaError, Result};
-use crate::core::capture::state_table;
+use crate::core::capture::{state_table, triggers};
 use crate::core::digest::{Digest, Hash, Layout, RowHasher, Seen, SeenState};
 use crate::core::merge::RowState;
 use crate::core::sqltext::{ident, list};
@@ -40,6 +41,8 @@ pub trait Owner {
     fn plans(&self) -> Result<(Vec<Arc<Plan>>, i64)>;
     /// Absorbs what the application wrote.
     fn absorb(&self) -> Result<()>;
+    /// Puts back triggers that were taken away without a change of the schema's version.
+    fn put_back_triggers(&self) -> Result<()>;
     /// Reads single rows, in a transaction that has absorbed everything.
     fn look_up(&self, lookup: &Lookup) -> Result<(Vec<Seen>, Vector)>;
     /// A connection in a read transaction that stands at a state which is wholly absorbed.
@@ -82,6 +85,7 @@ impl Reader {
 
     /// The layouts of the replicated tables.
     pub fn layouts(&mut self, owner: &dyn Owner) -> Result<Vec<Layout>> {
+        owner.put_back_triggers()?;
         Ok(owner.plans()?.0.iter().map(|p| Layout::of(&p.table).0).collect())
     }
 
@@ -264,6 +268,13 @@ impl Engine {
         Ok((seen, vector))
     }
 
+    /// Puts back triggers that are missing; see [`Store::put_back_triggers`].
+    pub fn put_back_triggers(&mut self) -> Result<()> {
+        let own = self.store_mut().put_back_triggers()?;
+        self.publish(own);
+        Ok(())
+    }
+
     /// Writes rows again; see [`Store::restamp`].
     pub fn restamp(&mut self, order: &Restamp) -> Result<Vec<Fate>> {
         let (own, fates) = self.store_mut().restamp(order)?;
@@ -279,6 +290,10 @@ impl Owner for WorkerHandle {
 
     fn absorb(&self) -> Result<()> {
         self.call(Engine::absorb).ok_or(ReplicaError::Ended)?
+    }
+
+    fn put_back_triggers(&self) -> Result<()> {
+        self.call(Engine::put_back_triggers).ok_or(ReplicaError::Ended)?
     }
 
     fn look_up(&self, lookup: &Lookup) -> Result<(Vec<Seen>, Vector)> {
@@ -308,6 +323,44 @@ impl Store {
     /// The schema's version when the tables were read last.
     pub fn schema_version(&self) -> i64 {
         self.schema_version
+    }
+
+    /// Puts back triggers that were taken away in a way that leaves the schema's version as it was
+    /// (`writable_schema`): what the application wrote meanwhile is not taken for its will, but found by comparing.
+    pub fn put_back_triggers(&mut self) -> Result<Option<OwnCommit>> {
+        if self.robbed()?.is_empty() {
+            return Ok(None);
+        }
+        // The connection goes by the version, and still believes them to be there.
+        self.conn.execute_batch("PRAGMA writable_schema = RESET")?;
+        self.write(|store| {
+            let own = store.absorb_pending()?;
+            for plan in store.robbed()? {
+                place_triggers(&store.conn, &plan.table)?;
+                store.notes.push(format!(
+                    "table {:?} had lost litemesh's triggers: they are back; what was written without them is told by \
+                     'litemesh verify'",
+                    plan.table.name
+                ));
+            }
+            Ok(own)
+        })
+    }
+
+    /// The tables that lack a trigger of ours.
+    fn robbed(&self) -> Result<Vec<Arc<Plan>>> {
+        let sql = "SELECT 1 FROM sqlite_schema WHERE type = 'trigger' AND name = ?1 AND sql = ?2";
+        let mut ask = self.conn.prepare_cached(sql)?;
+        let mut robbed = Vec::new();
+        for plan in &self.plans {
+            for trigger in triggers(&plan.table) {
+                if !ask.exists(trigger)? {
+                    robbed.push(plan.clone());
+                    break;
+                }
+            }
+        }
+        Ok(robbed)
     }
 
     /// Reads single rows in a write transaction that has absorbed everything, and that is on the disk afterwards:

@@ -12,4 +12,5 @@ mod refused_joins;
 mod refused_starts;
 mod status;
 mod sync;
+mod verify;
 mod words;

@@ -43,6 +43,10 @@ impl Owner for Member {
         self.world.borrow_mut().engine(self.node).absorb()
     }
 
+    fn put_back_triggers(&self) -> Result<(), ReplicaError> {
+        self.world.borrow_mut().engine(self.node).put_back_triggers()
+    }
+
     fn look_up(&self, lookup: &Lookup) -> Result<(Vec<Seen>, Vector), ReplicaError> {
         let mut world = self.world.borrow_mut();
         let now_ms = world.now_ms();
