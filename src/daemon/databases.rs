@@ -14,9 +14,8 @@ use tracing::{info, warn};
 use super::joining::{fetch_copy, peers_with};
 use super::router::Router;
 use super::state_dir::{NodeState, lock_database, new_site};
-use crate::config::{DatabaseSpec, Journal, TableFilter};
+use crate::config::{Config, DatabaseSpec, Journal};
 use crate::core::names::DbName;
-use crate::core::schema::SchemaMode;
 use crate::core::sqltext::ident;
 use crate::core::version::SiteId;
 use crate::fabric::link::Outgoing;
@@ -71,12 +70,8 @@ pub struct Starter<'a> {
     pub router: &'a Arc<Router>,
     /// Where workers send.
     pub outgoing: tokio::sync::mpsc::Sender<Outgoing>,
-    /// What to do with journal modes.
-    pub journal: Journal,
-    /// What happens to changes of the schema.
-    pub schema: SchemaMode,
-    /// Which tables are replicated.
-    pub tables: TableFilter,
+    /// The node's configuration.
+    pub config: &'a Config,
     /// Whether other nodes belong to the mesh, up or not.
     pub has_members: bool,
     /// Whether the operator said to join.
@@ -145,7 +140,7 @@ impl Starter<'_> {
 
     fn open(&self, name: &DbName, path: &Path) -> Result<Store> {
         let conn = sqlite::open_replica(path)?;
-        if self.journal == Journal::Wal && sqlite::ensure_wal(&conn)? {
+        if self.config.journal == Journal::Wal && sqlite::ensure_wal(&conn)? {
             info!(db = %name, "{} is in WAL mode now, so that readers and writers do not wait for each other", path.display());
         }
         if self.state.claim(name, path, &conn)? {
@@ -156,9 +151,9 @@ impl Starter<'_> {
             );
         }
         drop(conn);
-        let tables = self.tables.clone();
+        let tables = self.config.tables.clone();
         let covers = move |table: &str| tables.covers(table);
-        Store::open(path, &self.state.spool(), Box::new(covers), self.schema)
+        Store::open(path, &self.state.spool(), Box::new(covers), self.config.schema)
             .with_context(|| format!("{}", path.display()))
     }
 

@@ -81,7 +81,7 @@ pub(super) fn refresh(store: &mut Store, cause: Cause) -> Result<()> {
     if cause == Cause::Application {
         let renames = registry::follow_renames(&store.conn)?;
         if adopted != Some(1) {
-            for index in store.materialize()? {
+            if let Some(index) = store.materialize()?.first() {
                 let what = "rows of the file stand in the way of a UNIQUE index of the mesh";
                 return Err(ReplicaError::Unfit(format!("{what}: {index}")));
             }

@@ -285,7 +285,8 @@ impl Engine {
 
 impl Owner for WorkerHandle {
     fn plans(&self) -> Result<(Vec<Arc<Plan>>, i64)> {
-        self.call(|e| (e.store().plans().to_vec(), e.store().schema_version())).ok_or(ReplicaError::Ended)
+        self.call(|e| (e.store().plans().cloned().collect::<Vec<_>>(), e.store().schema_version()))
+            .ok_or(ReplicaError::Ended)
     }
 
     fn absorb(&self) -> Result<()> {

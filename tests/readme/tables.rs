@@ -81,7 +81,7 @@ fn every_command_is_in_the_table_with_its_options() {
 fn the_options_of_up_have_their_variable_key_and_default() {
     let rows = table(&["flag", "environment", "key", "default", "meaning"]);
     let plain = |cell: &str| cell.trim_matches('`').to_owned();
-    assert_eq!(set(rows.iter().map(|r| plain(&r[2]))), set(KEYS));
+    assert_eq!(set(rows.iter().map(|r| plain(&r[2]))), set(KEYS.iter().copied()));
     let up = commands().into_iter().find(|(n, _)| n == "up").unwrap().1;
     let mut flags = set(rows.iter().map(|r| plain(&r[0])).filter(|f| f.starts_with("--")));
     assert!(flags.insert("--config".to_owned()), "--config is no key");
@@ -105,7 +105,8 @@ fn the_options_of_up_have_their_variable_key_and_default() {
 #[test]
 fn every_variable_named_exists() {
     let named = words(&readme(), "LITEMESH_");
-    let known: BTreeSet<String> = set(KEYS.map(variable)).into_iter().chain(set(OTHER_VARIABLES)).collect();
+    let known: BTreeSet<String> =
+        set(KEYS.iter().map(|k| variable(k))).into_iter().chain(set(OTHER_VARIABLES)).collect();
     assert_eq!(named, known);
 }
 
@@ -220,7 +221,7 @@ fn the_example_configuration_is_accepted_as_it_is_and_with_each_example() {
     let mut keys = set(words_before_equals(&text));
     // The one that the text names instead of showing it.
     assert!(text.contains("'join'") && keys.insert("join".to_owned()));
-    assert_eq!(keys, set(KEYS));
+    assert_eq!(keys, set(KEYS.iter().copied()));
     for line in text.lines().filter(|l| l.starts_with('#') && !l.starts_with("# ") && l.len() > 1) {
         let with = text.replace(line, &line[1..]);
         let config = load(&with).unwrap_or_else(|e| panic!("{line}: {e}"));

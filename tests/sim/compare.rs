@@ -36,7 +36,7 @@ impl Owner for Member {
     fn plans(&self) -> Result<(Vec<Arc<Plan>>, i64), ReplicaError> {
         let mut world = self.world.borrow_mut();
         let store = world.engine(self.node).store();
-        Ok((store.plans().to_vec(), store.schema_version()))
+        Ok((store.plans().cloned().collect(), store.schema_version()))
     }
 
     fn absorb(&self) -> Result<(), ReplicaError> {

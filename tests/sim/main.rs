@@ -3,8 +3,8 @@
 //!
 //! `LITEMESH_SIM_SEED=n` runs one seed, `LITEMESH_SIM_SEEDS=n` that many.
 
-mod ddl;
 mod compare;
+mod ddl;
 mod scripted;
 mod world;
 
