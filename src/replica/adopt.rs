@@ -200,7 +200,7 @@ pub(super) fn place_triggers(conn: &Connection, table: &Table) -> Result<bool> {
 }
 
 /// A table made after adoption: its rows are writes of this node.
-fn log_all_rows(conn: &Connection, table: &Table) -> Result<()> {
+pub(super) fn log_all_rows(conn: &Connection, table: &Table) -> Result<()> {
     let keys = list(0..table.key.len(), |i| format!("k{i}"));
     conn.execute_batch(&format!(
         "INSERT INTO {PREFIX}log(tbl, op, ms, {keys}) SELECT {}, {OP_INSERT}, julianday('now'), {} FROM {}",
@@ -213,7 +213,7 @@ fn log_all_rows(conn: &Connection, table: &Table) -> Result<()> {
 
 /// Columns that the application added: rows that have another value there than the one every node gives them are
 /// writes of this node.
-fn log_new_columns(conn: &Connection, table: &Table, new: &[ColumnId]) -> Result<()> {
+pub(super) fn log_new_columns(conn: &Connection, table: &Table, new: &[ColumnId]) -> Result<()> {
     let keys = list(0..table.key.len(), |i| format!("k{i}"));
     for column in table.columns.iter().filter(|c| new.contains(&c.id)) {
         let sql = "SELECT dflt_value FROM pragma_table_xinfo(?1) WHERE name = ?2";

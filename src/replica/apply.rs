@@ -33,7 +33,7 @@ enum Source {
 }
 
 /// How many renames of one table or column are followed.
-const MAX_RENAMES: usize = 64;
+pub(super) const MAX_RENAMES: usize = 64;
 
 /// A row that a UNIQUE constraint kept out for now.
 pub(super) struct Deferred {
@@ -113,6 +113,7 @@ impl Store {
         if changed {
             self.follow_schema()?;
         }
+        self.tell_doubtful()?;
         body.seek(start)?;
         while let Some(block) = body.next_block()? {
             if !Frame::is_of_schema(&block) {
@@ -167,17 +168,17 @@ impl Store {
     fn find_table(&self, name: &str, incarnation: i64) -> Result<Option<Arc<Plan>>> {
         let mut name = name.to_lowercase();
         // Renamed in a circle: the bound ends it.
-        for _ in 0..MAX_RENAMES {
+        for step in 0..MAX_RENAMES {
             let here = self.plan(&name);
-            if let Some(plan) = here.as_ref().filter(|p| from_wire(&p.wire_name).1 == incarnation) {
+            // After a rename the incarnations are the new name's own.
+            let fits = |p: &&Arc<Plan>| step > 0 || from_wire(&p.wire_name).1 == incarnation;
+            if let Some(plan) = here.as_ref().filter(fits) {
                 return Ok(Some(plan.clone()));
             }
-            let recorded = recorded_one(&self.conn, &ObjectKey::new(ObjectKind::Table, &name))?;
-            match recorded {
-                Some(r) if r.incarnation > incarnation => return Ok(None),
+            match recorded_one(&self.conn, &ObjectKey::new(ObjectKind::Table, &name))? {
+                Some(r) if step == 0 && r.incarnation > incarnation => return Ok(None),
                 Some(Recorded { gone: true, moved: Some(new), .. }) => name = new,
                 Some(r) if r.gone => return Ok(None),
-                // After a rename the incarnations are the new name's own.
                 _ => return here.map(Some).ok_or(ReplicaError::NoTable(name)),
             }
         }
@@ -198,7 +199,7 @@ impl Store {
             let next = of.filter(|t| t.gone).and_then(|t| t.moved);
             match column {
                 Some(c) if step == 0 && c.incarnation > incarnation => return Ok(None),
-                Some(c) if c.gone && (c.moved.is_some() || next.is_some()) => {
+                Some(c) if (c.gone && c.moved.is_some()) || next.is_some() => {
                     name = c.moved.unwrap_or(name);
                     table = next.unwrap_or(table);
                 }

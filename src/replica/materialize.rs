@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use rusqlite::{Connection, OptionalExtension};
 
-use super::apply::{Deferred, is_unique_violation};
+use super::apply::{Deferred, MAX_RENAMES, is_unique_violation};
 use super::registry;
 use super::schema::{
     Kind, ObjectKey, Objects, Recorded, TableDef, actual, column_order, is_covered, recorded, shape,
@@ -15,7 +15,7 @@ use super::store::Store;
 use super::{ReplicaError, Result};
 use crate::core::ddl::{create_table, normal, on_table};
 use crate::core::schema::{KeyKind, SchemaMode, Table};
-use crate::core::sqltext::{ident, index_parts, list};
+use crate::core::sqltext::{Token, ident, index_parts, list, tokens};
 use crate::core::value::Value;
 use crate::sqlite::introspect;
 use crate::sqlite::value::get;
@@ -28,16 +28,18 @@ impl Store {
     /// here do not allow yet.
     pub(super) fn materialize(&mut self) -> Result<Vec<String>> {
         let mut late = Vec::new();
-        let wanted = self.wanted()?;
-        if self.schema_mode == SchemaMode::Manual || wanted.is_empty() {
+        if self.schema_mode == SchemaMode::Manual {
             return Ok(late);
         }
+        self.carry_columns()?;
+        let wanted = self.wanted()?;
         let renamed = self.rename_objects(&wanted)?;
         let have = self.actual()?;
         for kind in [Kind::Trigger, Kind::View, Kind::Index, Kind::Virtual, Kind::Table] {
             self.drop_changed(kind, &wanted, &have, &renamed)?;
         }
         let have = self.actual()?;
+        self.recall_missing(&wanted, &have)?;
         for kind in [Kind::Table, Kind::Virtual] {
             self.create_missing(kind, &wanted, &have, &mut late)?;
         }
@@ -58,9 +60,41 @@ impl Store {
         Ok(late)
     }
 
+    /// What is recorded, of tables that are there: an index that one node made on a table that another dropped is
+    /// nothing; if the table was renamed, it is on that one.
     fn wanted(&self) -> Result<Objects> {
-        let all = recorded(&self.conn)?.into_iter();
-        Ok(all.filter(|(k, o)| is_covered(k, o, &*self.covers)).collect())
+        let all: Objects =
+            recorded(&self.conn)?.into_iter().filter(|(k, o)| is_covered(k, o, &*self.covers)).collect();
+        let mut wanted = all.clone();
+        for (key, object) in wanted.iter_mut().filter(|(_, o)| !o.gone) {
+            let table = match key.kind {
+                Kind::Column => key.table.clone(),
+                Kind::Index | Kind::Trigger => {
+                    on_table(&object.definition).unwrap_or_default().to_lowercase()
+                }
+                _ => continue,
+            };
+            match final_table(&all, &table) {
+                None => object.gone = true,
+                Some(now) if now != table && key.kind == Kind::Column => object.gone = true,
+                Some(now) if now != table => object.definition = moved_to(&object.definition, &now),
+                Some(_) => {}
+            }
+        }
+        Ok(wanted)
+    }
+
+    /// Columns that one node added to a table while another renamed it belong to it under its new name.
+    fn carry_columns(&mut self) -> Result<()> {
+        let all = recorded(&self.conn)?;
+        for (key, object) in all.iter().filter(|(k, o)| k.kind == Kind::Column && !o.gone) {
+            let Some(now) = final_table(&all, &key.table).filter(|now| *now != key.table) else { continue };
+            let new = ObjectKey::column(&now, &key.name);
+            if !all.contains_key(&new) {
+                self.write_object(&new, object, false)?;
+            }
+        }
+        Ok(())
     }
 
     fn actual(&self) -> Result<Objects> {
@@ -122,6 +156,29 @@ impl Store {
             Some(id) => registry::rename_column(&self.conn, id, &old.name, new),
             None => Ok(()),
         }
+    }
+
+    /// What is about to be made here and is no new thing: it was dropped here before, or renamed from what is not here.
+    /// Its rows are with others.
+    fn recall_missing(&mut self, wanted: &Objects, have: &Objects) -> Result<()> {
+        let revived = std::mem::take(&mut self.revived);
+        let is_target = |key: &ObjectKey| {
+            wanted.iter().any(|(k, o)| {
+                k.kind == key.kind && k.table == key.table && o.gone && o.moved.as_deref() == Some(&key.name)
+            })
+        };
+        let made = wanted.iter().filter(|(k, o)| !o.gone && !have.contains_key(k));
+        let lacking: Vec<ObjectKey> = made
+            .filter(|(k, _)| matches!(k.kind, Kind::Table | Kind::Column))
+            .filter(|(k, _)| revived.contains(k) || is_target(k))
+            .map(|(k, _)| k.clone())
+            .collect();
+        let tables: BTreeSet<String> =
+            lacking.iter().filter(|k| k.kind == Kind::Table).map(|k| k.name.clone()).collect();
+        for key in lacking.iter().filter(|k| k.kind == Kind::Table || !tables.contains(&k.table)) {
+            self.recall(key)?;
+        }
+        Ok(())
     }
 
     fn drop_table(&self, name: &str) -> Result<()> {
@@ -372,7 +429,7 @@ impl Store {
     pub(super) fn check_schema(&self) -> Result<()> {
         let (have, wanted) = (self.actual()?, self.wanted()?);
         let wrong = wanted.iter().find(|(key, record)| match have.get(key) {
-            None => !record.gone && key.kind != Kind::UserVersion && !is_column_of_gone(key, &wanted),
+            None => !record.gone && key.kind != Kind::UserVersion,
             Some(object) => {
                 record.gone || shape(key.kind, &record.definition) != shape(key.kind, &object.definition)
             }
@@ -386,10 +443,35 @@ impl Store {
     }
 }
 
-/// A column that one node wrote while another dropped its table.
-fn is_column_of_gone(key: &ObjectKey, wanted: &Objects) -> bool {
-    let table = ObjectKey::new(Kind::Table, &key.table);
-    key.kind == Kind::Column && wanted.get(&table).is_some_and(|t| t.gone)
+/// What a table is called now, or the view or virtual table of the name; `None` if it was dropped.
+fn final_table(all: &Objects, name: &str) -> Option<String> {
+    let mut name = name.to_owned();
+    // Renamed in a circle: the bound ends it.
+    for _ in 0..MAX_RENAMES {
+        if [Kind::View, Kind::Virtual]
+            .iter()
+            .any(|k| all.get(&ObjectKey::new(*k, &name)).is_some_and(|o| !o.gone))
+        {
+            return Some(name);
+        }
+        match all.get(&ObjectKey::new(Kind::Table, &name)) {
+            Some(table) if !table.gone => return Some(name),
+            Some(table) => name = table.moved.clone()?,
+            None => return None,
+        }
+    }
+    None
+}
+
+/// The text of an index or trigger, on another table.
+fn moved_to(sql: &str, table: &str) -> String {
+    let Some(old) = on_table(sql) else { return sql.to_owned() };
+    let all = tokens(sql);
+    let on = all.iter().position(|t| t.is_keyword("ON")).unwrap_or(all.len());
+    let at = all.iter().enumerate().skip(on + 1).find(|(_, t)| t.name().eq_ignore_ascii_case(&old));
+    let at = at.map(|(i, _)| i);
+    let part = |(i, t): (usize, &Token<'_>)| if Some(i) == at { ident(table) } else { t.text.to_owned() };
+    all.iter().enumerate().map(part).collect()
 }
 
 fn table_text(name: &str, key: &ObjectKey, def: &TableDef, wanted: &Objects) -> String {

@@ -46,6 +46,9 @@ const KINDS: [(Kind, &str); 7] = [
     (Kind::UserVersion, "user_version"),
 ];
 
+/// The kind of a row that is no object: a node asks for rows.
+const RECALL: &str = "recall";
+
 impl Kind {
     /// The word stored and shown.
     pub fn word(self) -> &'static str {
@@ -223,6 +226,22 @@ pub fn is_covered(key: &ObjectKey, object: &Recorded, covers: &dyn Fn(&str) -> b
 #[derive(Debug, Default)]
 pub struct Renames(pub BTreeMap<ObjectKey, String>);
 
+impl Renames {
+    /// Whether what went by this name made way for what goes by it now; with a table go its columns.
+    fn displaced(&self, key: &ObjectKey) -> bool {
+        let took = |kind: Kind, name: &str, table: &str| {
+            self.0
+                .iter()
+                .any(|(old, new)| old.kind == kind && new == name && (table.is_empty() || old.table == table))
+        };
+        match key.kind {
+            Kind::Table => took(Kind::Table, &key.name, ""),
+            Kind::Column => took(Kind::Table, &key.table, "") || took(Kind::Column, &key.name, &key.table),
+            _ => false,
+        }
+    }
+}
+
 impl Store {
     /// Records what the application did to its schema since the last look, and logs it for the others.
     pub(super) fn record_schema(&mut self, renames: &Renames) -> Result<()> {
@@ -233,14 +252,8 @@ impl Store {
         place_columns(&known, &mut actual);
         for (key, object) in &actual {
             let mut new = object.clone();
-            // What was there made way for what has its name now.
-            let displaced = renames.0.iter().any(|(old, name)| {
-                old.kind == key.kind
-                    && (old.table == key.table || old.kind == Kind::Table)
-                    && *name == key.name
-            });
             match known.get(key) {
-                Some(old) if old.gone || displaced => new.incarnation = old.incarnation + 1,
+                Some(old) if old.gone || renames.displaced(key) => new.incarnation = old.incarnation + 1,
                 Some(old) => {
                     new.incarnation = old.incarnation;
                     let same = shape(key.kind, &old.definition) == shape(key.kind, &new.definition);
@@ -263,7 +276,7 @@ impl Store {
         Ok(())
     }
 
-    fn write_object(&mut self, key: &ObjectKey, object: &Recorded, is_known: bool) -> Result<()> {
+    pub(super) fn write_object(&mut self, key: &ObjectKey, object: &Recorded, is_known: bool) -> Result<()> {
         let sql = "INSERT OR REPLACE INTO __litemesh_schema(kind, tbl, name, gen, gone, pos, def, moved)
                    VALUES(?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)";
         let Recorded { incarnation, gone, place, definition, moved } = object;
@@ -293,9 +306,13 @@ impl Store {
         they_saw: &dyn Fn(Version) -> bool,
     ) -> Result<bool> {
         let (ours, _) = self.local_row(plan, key)?;
+        if let Some(lacking) = recalled(key).filter(|_| ours.as_ref() != Some(theirs)) {
+            self.doubtful.insert(lacking);
+        }
         let mut merged = ours.as_ref().map_or_else(|| theirs.clone(), |ours| merge(ours, theirs));
         let mut assert_again = false;
         if let (Some(ours), Some(name)) = (&ours, object_key(key)) {
+            self.note_doubt(plan, &name, ours, theirs, they_saw)?;
             let winner = self.check_concurrent(plan, &name, ours, theirs, they_saw)?;
             if let Some(winner) = winner.filter(|w| w.values != merged.values) {
                 // The versions alone would let the other one win: this one is written once more, later than both.
@@ -305,6 +322,14 @@ impl Store {
         }
         if ours.as_ref() == Some(&merged) {
             return Ok(false);
+        }
+        if let (Some(ours), Some(name)) = (&ours, object_key(key))
+            && let (Some(before), Some(after)) = (Object::of(plan, ours), Object::of(plan, &merged))
+            && before.gone
+            && !after.gone
+            && before.incarnation == after.incarnation
+        {
+            self.revived.insert(name);
         }
         let lsn = self.next_lsn();
         self.sites.put(&self.conn, plan, key, &merged.state, lsn)?;
@@ -319,6 +344,55 @@ impl Store {
         Ok(true)
     }
 
+    /// Of a table or column that was dropped, renamed or made again on two nodes at once, one may have the rows and the
+    /// other not: whoever has them will tell them again.
+    fn note_doubt(
+        &mut self,
+        plan: &Plan,
+        key: &ObjectKey,
+        ours: &Row,
+        theirs: &Row,
+        they_saw: &dyn Fn(Version) -> bool,
+    ) -> Result<()> {
+        let (Some(o), Some(t)) = (Object::of(plan, ours), Object::of(plan, theirs)) else { return Ok(()) };
+        let fate = |o: &Object| (o.gone, o.moved.clone(), o.incarnation);
+        if !matches!(key.kind, Kind::Table | Kind::Column) || !self.is_concurrent(ours, theirs, they_saw) {
+            return Ok(());
+        }
+        let is_target = "SELECT 1 FROM __litemesh_schema WHERE kind = ?1 AND moved = ?2";
+        let is_target = self.conn.prepare_cached(is_target)?.exists((key.kind.word(), &key.name))?;
+        if fate(&o) != fate(&t) || is_target {
+            let targets = [o.moved, t.moved].into_iter().flatten();
+            let targets = targets.map(|name| ObjectKey { name, ..key.clone() });
+            self.doubtful.extend([key.clone()].into_iter().chain(targets));
+        }
+        Ok(())
+    }
+
+    fn is_concurrent(&self, ours: &Row, theirs: &Row, they_saw: &dyn Fn(Version) -> bool) -> bool {
+        let (a, b) = (newest(ours), newest(theirs));
+        a != b && !they_saw(a) && !self.head.vector.covers(b)
+    }
+
+    /// Asks the others to tell again what they have of a table or column that was made here without its rows.
+    pub(super) fn recall(&mut self, lacking: &ObjectKey) -> Result<()> {
+        let table = if lacking.kind == Kind::Column { &lacking.table } else { &lacking.name };
+        let column = if lacking.kind == Kind::Column { &lacking.name[..] } else { "" };
+        let name = format!("{column}\0{}", self.head.site);
+        let sql = "INSERT INTO __litemesh_schema(kind, tbl, name, gen, gone, pos, def) VALUES(?1, ?2, ?3, 0, 0, 1, '')
+                   ON CONFLICT(kind, tbl, name) DO UPDATE SET pos = pos + 1";
+        self.conn.prepare_cached(sql)?.execute((RECALL, table, &name))?;
+        let plan = self.plan(SCHEMA).expect("our own tables have plans before anything is recorded");
+        let columns: Vec<u32> = plan.table.columns.iter().map(|c| c.id).collect();
+        let key = [RECALL, table, &name].map(|t| Value::Text(t.as_bytes().to_vec()));
+        let op = if self.sites.get(&self.conn, &plan, &key.each_ref().map(Value::as_ref))?.is_some() {
+            OP_UPDATE
+        } else {
+            OP_INSERT
+        };
+        self.log_own(&plan, &key, op, &columns)
+    }
+
     /// Of two records neither of whose writers had seen the other: an error if they contradict each other; else the
     /// one that must win, if that is not for the versions to decide.
     fn check_concurrent<'r>(
@@ -329,12 +403,15 @@ impl Store {
         theirs: &'r Row,
         they_saw: &dyn Fn(Version) -> bool,
     ) -> Result<Option<&'r Row>> {
-        let (a, b) = (newest(ours), newest(theirs));
-        if a == b || they_saw(a) || self.head.vector.covers(b) {
+        if !self.is_concurrent(ours, theirs, they_saw) {
             return Ok(None);
         }
         let (Some(o), Some(t)) = (Object::of(plan, ours), Object::of(plan, theirs)) else { return Ok(None) };
         match (o.gone, t.gone) {
+            // What was made again does not become the earlier one, whatever happened to that meanwhile.
+            _ if o.incarnation != t.incarnation => {
+                Ok(Some(if o.incarnation > t.incarnation { ours } else { theirs }))
+            }
             (true, true) => Ok(None),
             // Who changed it did not know that it was dropped: it stays.
             (false, true) => Ok(Some(ours)),
@@ -357,14 +434,20 @@ impl Store {
 struct Object {
     gone: bool,
     definition: String,
+    moved: Option<String>,
+    incarnation: i64,
 }
 
 impl Object {
     fn of(plan: &Plan, row: &Row) -> Option<Self> {
         let value = |name: &str| row.values.get(&plan.table.column(name)?.id);
         let gone = matches!(value("gone")?, Value::Int(n) if *n != 0);
-        let Value::Text(definition) = value("def")? else { return None };
-        Some(Self { gone, definition: String::from_utf8_lossy(definition).into_owned() })
+        let text = |value: &Value| match value {
+            Value::Text(t) => Some(String::from_utf8_lossy(t).into_owned()),
+            _ => None,
+        };
+        let incarnation = if let Value::Int(n) = value("gen")? { *n } else { 0 };
+        Some(Self { gone, definition: text(value("def")?)?, moved: text(value("moved")?), incarnation })
     }
 }
 
@@ -374,6 +457,20 @@ fn object_key(key: &[ValueRef<'_>]) -> Option<ObjectKey> {
         _ => None,
     };
     Some(ObjectKey { kind: Kind::of(&text(0)?)?, table: text(1)?, name: text(2)? })
+}
+
+/// The table or column that a peer asks for: it was made there without its rows.
+fn recalled(key: &[ValueRef<'_>]) -> Option<ObjectKey> {
+    let text = |i: usize| match key.get(i) {
+        Some(ValueRef::Text(t)) => std::str::from_utf8(t).ok(),
+        _ => None,
+    };
+    let (column, _) = text(2)?.split_once('\0').filter(|_| text(0) == Some(RECALL))?;
+    Some(if column.is_empty() {
+        ObjectKey::new(Kind::Table, text(1)?)
+    } else {
+        ObjectKey::column(text(1)?, column)
+    })
 }
 
 fn newest(row: &Row) -> Version {

@@ -1,6 +1,7 @@
 //! A file that is being replicated: its connection and what is kept of it in memory. Invariant: after a failed
 //! transaction memory is read again from the file, so that the two never differ.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -8,6 +9,7 @@ use rusqlite::{Connection, OptionalExtension};
 
 use super::adopt::{self, Cause};
 use super::plan::Plan;
+use super::schema::{Kind, ObjectKey};
 use super::shadow::Sites;
 use super::{ReplicaError, Result};
 use crate::core::capture::FILE_FORMAT;
@@ -27,6 +29,10 @@ pub struct Store {
     pub(super) notes: Vec<String>,
     pub(super) null_keys: u64,
     pub(super) covers: TableFilter,
+    /// Tables and columns of which this file may have rows that others lack, and will tell them again.
+    pub(super) doubtful: BTreeSet<ObjectKey>,
+    /// Objects that a peer's record brought back after they had been dropped.
+    pub(super) revived: BTreeSet<ObjectKey>,
     /// Whether changes of the schema replicate.
     pub(super) schema_mode: SchemaMode,
     /// The user version at the last look.
@@ -79,6 +85,8 @@ impl Store {
             notes: Vec::new(),
             null_keys: 0,
             covers,
+            doubtful: BTreeSet::new(),
+            revived: BTreeSet::new(),
             schema_mode,
             user_version: 0,
             unsettled: false,
@@ -151,6 +159,8 @@ impl Store {
             // The schema is read again by the next transaction.
             self.schema_version = -1;
             self.unsettled = false;
+            self.doubtful.clear();
+            self.revived.clear();
         }
         result
     }
@@ -176,6 +186,22 @@ impl Store {
         }
         self.check_schema()?;
         self.note_schema()
+    }
+
+    /// Logs what this file has of tables and columns that were dropped, renamed or made again on two nodes at once.
+    pub(super) fn tell_doubtful(&mut self) -> Result<()> {
+        for key in std::mem::take(&mut self.doubtful) {
+            let table = if key.kind == Kind::Column { &key.table } else { &key.name };
+            let Some(plan) = self.plan(table) else { continue };
+            if key.kind == Kind::Column {
+                let column = plan.table.column(&key.name).map(|c| c.id);
+                adopt::log_new_columns(&self.conn, &plan.table, &Vec::from_iter(column))?;
+            } else {
+                adopt::log_all_rows(&self.conn, &plan.table)?;
+            }
+            self.unsettled = true;
+        }
+        Ok(())
     }
 
     fn note_schema(&mut self) -> Result<()> {

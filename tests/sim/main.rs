@@ -40,3 +40,8 @@ fn nodes_converge_over_a_bad_network_with_cuts_and_kills() {
 fn unique_constraints_converge() {
     run("unique", 60, |seed| Options { nodes: 2 + (seed % 3) as usize, uniques: true, ..Options::storm() });
 }
+
+#[test]
+fn changes_of_the_schema_converge() {
+    run("schema", 60, |seed| Options { nodes: 2 + (seed % 3) as usize, ddl: true, ..Options::storm() });
+}

@@ -36,17 +36,42 @@ pub struct Options {
     pub cuts: f64,
     pub kills: f64,
     pub uniques: bool,
+    pub ddl: bool,
 }
 
 impl Options {
     pub fn calm() -> Self {
         let weather = Weather { drop: 0.0, duplicate: 0.0, max_delay_ms: 5 };
-        Self { nodes: 2, steps: 150, weather, cuts: 0.0, kills: 0.0, uniques: false }
+        Self { nodes: 2, steps: 150, weather, cuts: 0.0, kills: 0.0, uniques: false, ddl: false }
     }
 
     pub fn storm() -> Self {
         let weather = Weather { drop: 0.15, duplicate: 0.15, max_delay_ms: 400 };
-        Self { nodes: 2, steps: 250, weather, cuts: 0.03, kills: 0.03, uniques: false }
+        Self { nodes: 2, steps: 250, weather, cuts: 0.03, kills: 0.03, uniques: false, ddl: false }
+    }
+}
+
+/// A change of the schema, or of rows in tables that come and go. One name always means one definition: what
+/// contradicts itself is for people to settle.
+fn schema_statement(r: &mut StdRng) -> String {
+    let x = r.random_range(0..3);
+    let (c, d) = (r.random_range(0..3), r.random_range(0..3));
+    let (id, n) = (r.random_range(1..6), r.random_range(0..100));
+    match r.random_range(0..20) {
+        0..3 => format!("CREATE TABLE IF NOT EXISTS x{x}(id INTEGER PRIMARY KEY, a)"),
+        3 => format!("DROP TABLE x{x}"),
+        4..7 => format!("ALTER TABLE x{x} ADD COLUMN c{c} TEXT DEFAULT 'none'"),
+        7 => format!("ALTER TABLE x{x} DROP COLUMN c{c}"),
+        8 => format!("ALTER TABLE x{x} RENAME COLUMN c{c} TO c{d}"),
+        // Renames of one table on several nodes at once are scripted: see `ddl`.
+        9 => format!("UPDATE x{x} SET a = {n} WHERE id = {id}"),
+        10 => format!("CREATE INDEX IF NOT EXISTS i{x} ON x{x}(a)"),
+        11 => format!("DROP INDEX IF EXISTS i{x}"),
+        12 => format!("CREATE VIEW IF NOT EXISTS v{x} AS SELECT {x}"),
+        13 => format!("DROP VIEW v{x}"),
+        14 => format!("UPDATE x{x} SET c{c} = 'w{n}' WHERE id = {id}"),
+        15 => format!("DELETE FROM x{x} WHERE id = {id}"),
+        _ => format!("INSERT OR REPLACE INTO x{x}(id, a) VALUES({id}, {n})"),
     }
 }
 
@@ -203,7 +228,10 @@ impl World {
         for _ in 0..statements {
             let sql = self.statement(i, &mut fresh);
             // Constraint errors are the application's own affair.
-            let _ = self.nodes[i].app.execute_batch(&sql);
+            let ok = self.nodes[i].app.execute_batch(&sql).is_ok();
+            if ok && sql.contains(" x") {
+                println!("{} n{i}: {sql}", self.now_ms % 10_000_000);
+            }
         }
         if self.random.random_bool(0.1) {
             self.nodes[i].app.execute_batch("ROLLBACK").unwrap();
@@ -230,6 +258,9 @@ impl World {
                 4 => format!("UPDATE {or} person SET id = {other} WHERE id = {id}"),
                 _ => format!("DELETE FROM person WHERE id = {id}"),
             };
+        }
+        if self.options.ddl && r.random_bool(0.4) {
+            return schema_statement(r);
         }
         match r.random_range(0..14) {
             0 => format!("INSERT {or} INTO item VALUES({id}, {n}, 'b{n}', {n}.5)"),
@@ -340,11 +371,13 @@ impl World {
             let ok: String = self.nodes[i].app.query_row("PRAGMA integrity_check", [], |r| r.get(0)).unwrap();
             assert_eq!(ok, "ok", "seed {} node {i}", self.seed);
             let got = self.dump(i);
+            assert!(expected.keys().eq(got.keys()), "seed {}: the tables on node {i}", self.seed);
             for (table, rows) in &expected {
                 assert_eq!(rows, &got[table], "seed {}: table {table} on node {i}", self.seed);
             }
         }
-        let mine: BTreeSet<&str> = expected["mine"].iter().map(|r| r.split('|').next().unwrap()).collect();
+        let mine: BTreeSet<&str> =
+            expected["mine(id,n)"].iter().map(|r| r.split('|').next().unwrap()).collect();
         for key in &self.acknowledged {
             let quoted = format!("'{key}'");
             assert!(
@@ -371,10 +404,14 @@ impl World {
             let quoted = columns.iter().map(|c| format!("quote({c}) || ':' || typeof({c})"));
             let first = format!("quote({})", columns[0]);
             let rowid = if name == "nokey" { "rowid || '|' ||" } else { "" };
+            let heading = columns.join(",");
             let all = quoted.collect::<Vec<_>>().join(" || '|' || ");
             let sql = format!("SELECT {rowid} {first} || '|' || {all} FROM {name} ORDER BY 1");
             let mut rows = app.prepare(&sql).unwrap();
-            out.insert(name, rows.query_map([], |r| r.get(0)).unwrap().map(Result::unwrap).collect());
+            out.insert(
+                format!("{name}({heading})"),
+                rows.query_map([], |r| r.get(0)).unwrap().map(Result::unwrap).collect(),
+            );
         }
         out
     }
