@@ -8,6 +8,7 @@ pub mod divergence;
 pub mod joining;
 pub mod observe;
 pub mod repair;
+pub mod restamp;
 pub mod router;
 pub mod serve_copy;
 pub mod state_dir;
@@ -24,7 +25,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tracing::{debug, info, warn};
 
-use control::{Contact, Control, DetachRequest};
+use control::{Contact, Control, DetachRequest, RestampRequest};
 use databases::{Found, Running, Starter};
 use observe::Observer;
 use router::Router;
@@ -71,7 +72,7 @@ pub async fn run(config: Config, started: impl FnOnce(&Started)) -> Result<()> {
     let fabric = Arc::new(fabric);
     let token = fabric.join_token()?;
     let (outgoing, to_send) = mpsc::channel(OUTGOING);
-    let router = Router::new(config.name.clone(), outgoing.clone(), state.spool());
+    let router = Router::new(config.name.clone(), outgoing.clone(), state.spool(), config.max_skew);
     let mut tasks = JoinSet::new();
     let sending = tokio::spawn(send_all(fabric.clone(), to_send));
     tasks.spawn(router.clone().run(incoming));
@@ -84,12 +85,14 @@ pub async fn run(config: Config, started: impl FnOnce(&Started)) -> Result<()> {
         tasks.spawn(router.clone().keep_verifying(every));
     }
     let (detach, detaching) = mpsc::channel(4);
+    let (restamp, restamping) = mpsc::channel(4);
     let contact = Contact::publish(state.dir(), page)?;
     let tokens = fabric.clone();
     let control = Control {
         router: router.clone(),
         token: Arc::new(move || tokens.join_token().map(|t| t.reveal()).map_err(|e| e.to_string())),
         detach,
+        restamp,
         secret: contact.secret.into(),
     };
     let routes = http::router(observer.handle()).merge(http::guard(control::routes(control)));
@@ -107,7 +110,7 @@ pub async fn run(config: Config, started: impl FnOnce(&Started)) -> Result<()> {
         joins,
         mesh_id: token.key().mesh_id(),
     };
-    let result = serve(&starter, found, &observer, detaching, || {
+    let result = serve(&starter, found, &observer, (detaching, restamping), || {
         let databases = config.databases.iter().map(|d| (d.name.clone(), d.path.clone())).collect();
         started(&Started { node: config.name.to_string(), token: token.reveal(), http: page, databases });
     })
@@ -160,7 +163,7 @@ async fn serve(
     starter: &Starter<'_>,
     found: Vec<Found>,
     observer: &Observer,
-    mut detaching: mpsc::Receiver<DetachRequest>,
+    (mut detaching, mut restamping): (mpsc::Receiver<DetachRequest>, mpsc::Receiver<RestampRequest>),
     started: impl FnOnce(),
 ) -> Result<()> {
     let mut running = BTreeMap::new();
@@ -187,6 +190,11 @@ async fn serve(
                 Some((ask, answer)) = detaching.recv() => {
                     let result = detach(starter, observer, &mut running, &ask.path).map_err(|e| format!("{e:#}"));
                     // The asker may have gone.
+                    drop(answer.send(result));
+                }
+                Some((db, answer)) = restamping.recv() => {
+                    let work = || restamp::restamp(starter, &running, db.as_ref());
+                    let result = tokio::task::block_in_place(work).map_err(|e| format!("{e:#}"));
                     drop(answer.send(result));
                 }
             }

@@ -86,6 +86,9 @@ pub enum Command {
     ///
     /// Where rows differ, the node named writes its own again, as ordinary writes that travel as any other; a row that
     /// it lacks is deleted everywhere. Rows that are being changed meanwhile are left alone. May be run on any node.
+    ///
+    /// With --restamp it is about dates instead: what this node has written with a clock far ahead waits at the other
+    /// nodes until that time has come; dated anew, it travels at once. Run it on the node whose clock was wrong.
     Repair(RepairArgs),
 
     /// Tell what in a file's schema is fragile when several nodes write.
@@ -295,8 +298,11 @@ pub struct RepairArgs {
     #[arg(value_name = "DB")]
     pub database: Option<String>,
     /// The node whose rows are right.
-    #[arg(long, value_name = "NODE")]
+    #[arg(long, value_name = "NODE", required_unless_present = "restamp")]
     pub from: Option<String>,
+    /// Date anew what this node has written while its clock was far ahead; the clock must be right now.
+    #[arg(long, conflicts_with_all = ["from", "table", "dry_run", "json"])]
+    pub restamp: bool,
     /// Repair this table only.
     #[arg(long, value_name = "TABLE")]
     pub table: Option<String>,

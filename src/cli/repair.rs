@@ -9,10 +9,15 @@ use super::args::RepairArgs;
 use super::node::client;
 use super::verify::{PATIENCE, clean};
 use crate::core::verify::Repaired;
-use crate::daemon::control_verify::RepairAsk;
+use crate::daemon::control_verify::{RepairAsk, RestampAsk};
 
 /// `litemesh repair`.
 pub fn run(args: &RepairArgs) -> Result<ExitCode> {
+    if args.restamp {
+        let db = args.database.as_deref().map(str::parse).transpose()?;
+        print!("{}", client(&args.state, PATIENCE)?.post("/control/restamp", &RestampAsk { db })?);
+        return Ok(ExitCode::SUCCESS);
+    }
     let Some(database) = &args.database else { bail!("name the database that is to be repaired") };
     let from = args.from.as_deref().context("say whose rows are right: --from NODE")?;
     let ask = RepairAsk {

@@ -9,6 +9,7 @@ pub mod merge;
 pub mod message;
 pub mod names;
 pub mod schema;
+pub mod skew;
 pub mod sqltext;
 pub mod value;
 pub mod vector;

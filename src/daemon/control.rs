@@ -22,7 +22,7 @@ use super::state_dir::write_durably;
 use crate::core::message::Message;
 use crate::core::names::{DbName, NodeName};
 use crate::core::vector::Vector;
-use crate::replica::worker::wall_clock_ms;
+use crate::replica::clock::steady_ms;
 
 /// Where a running node is found, and what opens it.
 #[derive(Serialize, Deserialize)]
@@ -91,6 +91,9 @@ pub struct DetachAsk {
 /// A database that is to be detached, and who waits for it.
 pub type DetachRequest = (DetachAsk, oneshot::Sender<Result<String, String>>);
 
+/// Databases whose writes are to be dated anew, all of them if none is named, and who waits for it.
+pub type RestampRequest = (Option<DbName>, oneshot::Sender<Result<String, String>>);
+
 /// What the endpoints need.
 #[derive(Clone)]
 pub struct Control {
@@ -100,6 +103,8 @@ pub struct Control {
     pub token: Arc<dyn Fn() -> Result<String, String> + Send + Sync>,
     /// Takes requests to detach.
     pub detach: mpsc::Sender<DetachRequest>,
+    /// Takes requests to date writes anew.
+    pub restamp: mpsc::Sender<RestampRequest>,
     /// What opens the endpoints.
     pub secret: Arc<str>,
 }
@@ -182,7 +187,7 @@ async fn barrier(router: &Router, db: &DbName, deadline: Instant) -> Result<(usi
         let holding =
             tokio::task::spawn_blocking(move || asked.call(|engine| engine.peers().clone())).await?;
         let holding = holding.context("it was detached")?;
-        let now_ms = wall_clock_ms();
+        let now_ms = steady_ms();
         let peers = router.peers();
         let live: Vec<_> = peers
             .iter()

@@ -46,9 +46,19 @@ pub struct RepairAsk {
     pub dry_run: bool,
 }
 
+/// Asks for `/control/restamp`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct RestampAsk {
+    /// The database; all of them if absent.
+    pub db: Option<DbName>,
+}
+
 /// The endpoints.
 pub fn routes() -> Routes<Control> {
-    Routes::new().route("/control/verify", post(verify)).route("/control/repair", post(repair))
+    Routes::new()
+        .route("/control/verify", post(verify))
+        .route("/control/repair", post(repair))
+        .route("/control/restamp", post(restamp))
 }
 
 fn failed(code: StatusCode, why: &str) -> Response {
@@ -89,5 +99,18 @@ async fn repair(State(control): State<Control>, Json(ask): Json<RepairAsk>) -> R
         Ok(Ok(done)) => Json(done).into_response(),
         Ok(Err(why)) => failed(StatusCode::CONFLICT, &why),
         Err(e) => failed(StatusCode::INTERNAL_SERVER_ERROR, &e.to_string()),
+    }
+}
+
+async fn restamp(State(control): State<Control>, Json(ask): Json<RestampAsk>) -> Response {
+    let (answer, answered) = tokio::sync::oneshot::channel();
+    let ending = || failed(StatusCode::SERVICE_UNAVAILABLE, "the node is ending");
+    if control.restamp.send((ask.db, answer)).await.is_err() {
+        return ending();
+    }
+    match answered.await {
+        Ok(Ok(text)) => text.into_response(),
+        Ok(Err(why)) => failed(StatusCode::CONFLICT, &why),
+        Err(_) => ending(),
     }
 }

@@ -19,10 +19,11 @@ use crate::core::names::DbName;
 use crate::core::sqltext::ident;
 use crate::core::version::SiteId;
 use crate::fabric::link::Outgoing;
-use crate::replica::engine::{Engine, MAX_SKEW_MS};
+use crate::replica::clock::steady_ms;
+use crate::replica::engine::Engine;
 use crate::replica::store::Store;
 use crate::replica::watch::FileWatch;
-use crate::replica::worker::{Report, Worker, WorkerHandle, wall_clock_ms};
+use crate::replica::worker::{Report, Worker, WorkerHandle};
 use crate::replica::{adopt, copy};
 use crate::sqlite::{self, OpenError, introspect};
 
@@ -128,7 +129,8 @@ impl Starter<'_> {
         };
         let store = self.open(&name, &path)?;
         let engine = Engine::new(name.clone(), store, &self.state.spool());
-        let (worker, handle) = Worker::new(name.clone(), engine, self.outgoing.clone(), report);
+        let (worker, handle) =
+            Worker::new(name.clone(), engine, self.outgoing.clone(), report, self.router.clocks());
         let waker = handle.clone();
         let watch = FileWatch::new(&path, move || waker.wake())
             .with_context(|| format!("cannot watch {} for changes", path.display()))?;
@@ -166,7 +168,7 @@ impl Starter<'_> {
         let asked = tokio::time::Instant::now();
         let mut warned = false;
         loop {
-            let now_ms = wall_clock_ms();
+            let now_ms = steady_ms();
             if let Some(peer) = peers_with(self.router, name, now_ms).first() {
                 self.check_clock(peer)?;
                 return Ok(Some(peer.clone()));
@@ -196,7 +198,7 @@ impl Starter<'_> {
 
     fn check_clock(&self, peer: &crate::core::names::NodeName) -> Result<()> {
         let offset_ms = self.router.peers().get(peer).map_or(0, |p| p.clock_offset_ms);
-        if offset_ms.unsigned_abs() <= MAX_SKEW_MS {
+        if offset_ms.unsigned_abs() <= self.router.clocks().get().max_skew_ms {
             return Ok(());
         }
         let direction = if offset_ms > 0 { "behind" } else { "ahead of" };

@@ -15,8 +15,9 @@ use crate::config::Config;
 use crate::core::names::DbName;
 use crate::core::verify::Outcome;
 use crate::fabric::Fabric;
+use crate::replica::clock::steady_ms;
 use crate::replica::engine::Engine;
-use crate::replica::worker::{Report, wall_clock_ms};
+use crate::replica::worker::Report;
 use crate::status::StatusHandle;
 use crate::status::model::{
     DatabasePeer, DatabaseState, DatabaseStatus, FabricStatus, PeerStatus, Status, Verified,
@@ -133,7 +134,7 @@ impl Observer {
             log_unacked: info.log.unacked(),
             ..status.fabric
         };
-        let now_ms = wall_clock_ms();
+        let now_ms = steady_ms();
         let mut peers: BTreeMap<_, _> = (inner.fabric.members().into_iter())
             .map(|name| (name.to_string(), PeerStatus { node: name.to_string(), ..PeerStatus::default() }))
             .collect();
@@ -151,19 +152,23 @@ impl Observer {
         status.peers = peers.into_values().collect();
         status.databases =
             inner.reports.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+        let clocks = inner.router.clocks().get();
+        status.clock_offset_ms = clocks.own_off_ms as f64;
+        status.clocks = clocks.clocks as u64;
+        status.warnings.extend(clocks.alarms(inner.router.node()));
         add_outcomes(&mut status.databases, &inner.router.verifier.outcomes(), now_ms);
         judge(&mut status, inner.ready.load(Ordering::Acquire));
         status
     }
 }
 
-fn add_outcomes(databases: &mut [DatabaseStatus], outcomes: &BTreeMap<DbName, Outcome>, now_ms: u64) {
-    for (name, o) in outcomes {
+fn add_outcomes(databases: &mut [DatabaseStatus], outcomes: &BTreeMap<DbName, (Outcome, u64)>, now_ms: u64) {
+    for (name, (o, noted_ms)) in outcomes {
         let Some(db) = databases.iter_mut().find(|d| d.name == name.as_str()) else { continue };
         let at = OffsetDateTime::from_unix_timestamp((o.at_ms / 1_000) as i64).ok();
         db.verified = Some(Verified {
             at: at.and_then(|t| t.format(&Rfc3339).ok()).unwrap_or_default(),
-            age_s: now_ms.saturating_sub(o.at_ms) as f64 / 1_000.0,
+            age_s: now_ms.saturating_sub(*noted_ms) as f64 / 1_000.0,
             took_s: o.took_ms as f64 / 1_000.0,
             by: o.by.to_string(),
             nodes: o.nodes.iter().map(ToString::to_string).collect(),
@@ -200,6 +205,13 @@ fn judge(status: &mut Status, started: bool) {
                 format!("{name}: {n} rows were not the same on {} and {nodes}: litemesh verify {name}", v.by);
             status.warnings.push(text);
         }
+        if db.clock_ahead_s > 0.0 {
+            let text = "what is written here may wait at the other nodes: litemesh repair --restamp";
+            let (name, ahead_s) = (&db.name, db.clock_ahead_s);
+            status.warnings.push(format!(
+                "{name}: its writes are dated {ahead_s:.0} s ahead of the mesh's clock; {text} {name}"
+            ));
+        }
         if db.conflicts > 0 {
             let text = "writes lost against others and are kept: litemesh conflicts list";
             status.warnings.push(format!("{}: {} {text} {}", db.name, db.conflicts, db.path));
@@ -228,7 +240,7 @@ fn describe(
         (None, true, false) => DatabaseState::Ok,
     };
     stopped.extend(trouble.map(str::to_owned));
-    let now_ms = wall_clock_ms();
+    let now_ms = steady_ms();
     let ours = head.vector.n(head.site);
     let peers = engine.peers().iter().map(|(node, peer)| {
         let theirs = &peer.holding;
@@ -262,7 +274,15 @@ fn describe(
         conflicts: store.conflict_count().unwrap_or_default(),
         null_key_rows: store.null_keys(),
         state_rows,
+        clock_ahead_s: clock_ahead_s(engine, now_ms),
         verified: None,
         peers: peers.collect(),
     }
+}
+
+/// How far the file's clock is ahead of the mesh's, if that is further than other nodes follow.
+fn clock_ahead_s(engine: &Engine, now_ms: u64) -> f64 {
+    let (clocks, file_ms) = (engine.clocks(), engine.store().head().hlc.ms());
+    let ahead_ms = file_ms.saturating_sub(clocks.mesh_ms(now_ms));
+    if ahead_ms > clocks.max_skew_ms { ahead_ms as f64 / 1_000.0 } else { 0.0 }
 }

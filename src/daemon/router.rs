@@ -14,11 +14,12 @@ use super::serve_copy::Copies;
 use super::verify::Verifier;
 use crate::core::message::{CopyPart, Fragment, Hello, Message, decode};
 use crate::core::names::{DbName, NodeName};
+use crate::core::skew::{Clocks, Judgement};
 use crate::core::version::SiteId;
 use crate::fabric::link::{Incoming, Outgoing};
-use crate::replica::engine::MAX_SKEW_MS;
+use crate::replica::clock::{SharedClocks, steady_ms, wall_clock_ms};
 use crate::replica::send::{MessageAssembler, message_pieces};
-use crate::replica::worker::{Input, WorkerHandle, wall_clock_ms};
+use crate::replica::worker::{Input, WorkerHandle};
 
 /// How often a node says that it is there.
 pub const HELLO_EVERY: Duration = Duration::from_secs(2);
@@ -59,6 +60,9 @@ pub struct Router {
     copies: Copies,
     /// Comparing rows with peers.
     pub(super) verifier: Verifier,
+    /// What peers say of their clocks, and what that means.
+    heard_clocks: Mutex<Clocks>,
+    clocks: SharedClocks,
     outgoing: mpsc::Sender<Outgoing>,
 }
 
@@ -68,7 +72,12 @@ pub(super) fn held<T>(lock: Result<T, PoisonError<T>>) -> T {
 
 impl Router {
     /// A router that sends through `outgoing` and puts copies into `spool`.
-    pub fn new(node: NodeName, outgoing: mpsc::Sender<Outgoing>, spool: PathBuf) -> Arc<Self> {
+    pub fn new(
+        node: NodeName,
+        outgoing: mpsc::Sender<Outgoing>,
+        spool: PathBuf,
+        max_skew: Duration,
+    ) -> Arc<Self> {
         Arc::new(Self {
             node,
             workers: RwLock::default(),
@@ -76,6 +85,8 @@ impl Router {
             waiting: Mutex::default(),
             copies: Copies::new(spool),
             verifier: Verifier::default(),
+            heard_clocks: Mutex::default(),
+            clocks: SharedClocks::new(max_skew.as_millis() as u64),
             outgoing,
         })
     }
@@ -149,6 +160,7 @@ impl Router {
     pub async fn keep_saying_hello(self: Arc<Self>) {
         loop {
             self.say_hello().await;
+            self.judge_clocks();
             self.tell_who_is_missed();
             self.copies.expire();
             self.verifier.expire();
@@ -158,7 +170,7 @@ impl Router {
 
     /// Says once of every peer that it is not heard of any more.
     fn tell_who_is_missed(&self) {
-        let now_ms = wall_clock_ms();
+        let now_ms = steady_ms();
         for (node, peer) in held(self.peers.lock()).iter_mut() {
             if !peer.missed && !peer.left && !peer.is_live(now_ms) {
                 peer.missed = true;
@@ -233,6 +245,7 @@ impl Router {
 
     fn on_bye(&self, from: &NodeName) {
         info!(node = %from, "has left for now");
+        held(self.heard_clocks.lock()).forget(from);
         if let Some(peer) = held(self.peers.lock()).get_mut(from) {
             peer.left = true;
         }
@@ -242,15 +255,12 @@ impl Router {
     }
 
     async fn on_hello(&self, from: NodeName, hello: Hello) {
-        let now_ms = wall_clock_ms();
-        let clock_offset_ms = hello.now_ms as i64 - now_ms as i64;
+        let now_ms = steady_ms();
+        let clock_offset_ms = hello.now_ms as i64 - wall_clock_ms() as i64;
         let known = held(self.peers.lock()).get(&from).cloned();
         let is_news = known.as_ref().is_none_or(|p| !p.is_live(now_ms) || p.hello.dbs != hello.dbs);
-        let was_far = known.as_ref().is_some_and(|p| p.clock_offset_ms.unsigned_abs() > MAX_SKEW_MS);
-        if clock_offset_ms.unsigned_abs() > MAX_SKEW_MS && !was_far {
-            let offset_s = clock_offset_ms / 1_000;
-            warn!(node = %from, "its clock is {offset_s} s off ours: set the clocks right, writes dated ahead wait");
-        }
+        held(self.heard_clocks.lock()).hear(&from, hello.now_ms, now_ms);
+        self.judge_clocks();
         if known.is_some_and(|p| p.missed || p.left) {
             info!(node = %from, "is back");
         }
@@ -260,6 +270,25 @@ impl Router {
             self.send(&from, &self.hello()).await;
             for worker in held(self.workers.read()).values() {
                 worker.offer(Input::Greet(from.clone()));
+            }
+        }
+    }
+
+    /// What the live nodes' clocks mean.
+    pub fn clocks(&self) -> SharedClocks {
+        self.clocks.clone()
+    }
+
+    /// Compares the clocks; what changes for the worse is told once.
+    fn judge_clocks(&self) {
+        let max_skew_ms = self.clocks.get().max_skew_ms;
+        let judged = held(self.heard_clocks.lock()).judge(wall_clock_ms(), steady_ms(), max_skew_ms);
+        let wrong = |j: &Judgement| (j.is_own_wrong(), j.wrong.keys().cloned().collect::<Vec<_>>());
+        let before = self.clocks.set(judged.clone());
+        if wrong(&before) != wrong(&judged) {
+            judged.alarms(&self.node).into_iter().for_each(|alarm| warn!("{alarm}"));
+            if wrong(&judged) == (false, Vec::new()) {
+                info!("the clocks agree again");
             }
         }
     }

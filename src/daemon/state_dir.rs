@@ -124,6 +124,15 @@ impl NodeState {
         Ok(!same && !fresh)
     }
 
+    /// Notes that a file goes on as another site. Without that it would become yet another at the next start.
+    pub fn note_site(&self, name: &DbName, site: SiteId) -> Result<()> {
+        let mut all = self.load()?;
+        if let Some(known) = all.get_mut(name) {
+            known.site = site.0;
+        }
+        self.save(&all)
+    }
+
     /// Forgets a database that was detached.
     pub fn forget(&self, name: &DbName) -> Result<()> {
         let mut all = self.load()?;

@@ -17,9 +17,10 @@ use super::router::{Router, held};
 use crate::core::message::Message;
 use crate::core::names::{DbName, NodeName};
 use crate::core::verify::{Outcome, Question, Reply, VerifyMessage};
+use crate::replica::clock::{steady_ms, wall_clock_ms};
 use crate::replica::compare::{CompareError, Comparison, Pace, Peer};
 use crate::replica::verify::{Owner, Reader};
-use crate::replica::worker::{WorkerHandle, wall_clock_ms};
+use crate::replica::worker::WorkerHandle;
 
 /// How long to wait for an answer before asking again, and how often to ask.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
@@ -50,7 +51,8 @@ type SharedReader = Arc<Mutex<Reader>>;
 pub struct Verifier {
     readers: Mutex<HashMap<DbName, (SharedReader, Instant)>>,
     waiting: Mutex<HashMap<u64, SyncSender<VerifyMessage>>>,
-    outcomes: Mutex<BTreeMap<DbName, Outcome>>,
+    /// What came of the latest comparisons, and when that was noted.
+    outcomes: Mutex<BTreeMap<DbName, (Outcome, u64)>>,
     /// Held by the thread that compares.
     running: Mutex<()>,
     ending: AtomicBool,
@@ -85,8 +87,8 @@ impl Verifier {
         drop(held(self.running.lock()));
     }
 
-    /// What came of the latest comparisons.
-    pub fn outcomes(&self) -> BTreeMap<DbName, Outcome> {
+    /// What came of the latest comparisons, and when that was noted by the clock that never jumps.
+    pub fn outcomes(&self) -> BTreeMap<DbName, (Outcome, u64)> {
         held(self.outcomes.lock()).clone()
     }
 
@@ -149,10 +151,10 @@ impl Verifier {
                 "{rows} rows are not the same on {nodes}: 'litemesh verify {db}' lists them, 'litemesh repair {db} --from NODE' \
                  makes them those of NODE everywhere"
             );
-        } else if held(self.outcomes.lock()).get(db).is_some_and(|o| o.divergent_rows > 0) {
+        } else if held(self.outcomes.lock()).get(db).is_some_and(|(o, _)| o.divergent_rows > 0) {
             info!(db = %db, "all rows are the same again on {nodes}");
         }
-        held(self.outcomes.lock()).insert(db.clone(), outcome);
+        held(self.outcomes.lock()).insert(db.clone(), (outcome, steady_ms()));
     }
 }
 
@@ -252,11 +254,11 @@ pub(super) struct Partners {
 impl Router {
     /// Whether a peer was heard lately.
     pub fn is_live(&self, node: &NodeName) -> bool {
-        self.peers().get(node).is_some_and(|p| p.is_live(wall_clock_ms()))
+        self.peers().get(node).is_some_and(|p| p.is_live(steady_ms()))
     }
 
     pub(super) fn partners(&self, db: &DbName) -> Partners {
-        let (now_ms, peers) = (wall_clock_ms(), self.peers());
+        let (now_ms, peers) = (steady_ms(), self.peers());
         let members = self.verifier.members.get().map(|m| m()).unwrap_or_default();
         let mut partners = Partners { live: Vec::new(), away: Vec::new() };
         for (node, peer) in peers.iter().filter(|(_, p)| p.hello.dbs.contains(db)) {
@@ -382,10 +384,10 @@ impl Router {
         let every_ms = every.as_millis() as u64;
         loop {
             tokio::time::sleep(LOOK_EVERY).await;
-            let (now_ms, outcomes) = (wall_clock_ms(), self.verifier.outcomes());
+            let (now_ms, outcomes) = (steady_ms(), self.verifier.outcomes());
             let mut next = None;
             for db in self.databases() {
-                let last = outcomes.get(&db).map_or(0, |o| o.at_ms);
+                let last = outcomes.get(&db).map_or(0, |(_, at_ms)| *at_ms);
                 let (of, at) = due.entry(db.clone()).or_insert((0, 0));
                 if *of != last || *at == 0 {
                     // After the first start not all at once; later a little apart, so that one is first.

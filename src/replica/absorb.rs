@@ -52,7 +52,7 @@ impl Store {
         let (max_seq, day) = (row.get::<_, i64>(0)?, row.get::<_, f64>(1).ok());
         drop(rows);
         drop(statement);
-        let hlc = self.head.hlc.tick(day.and_then(julian_ms).unwrap_or(0));
+        let hlc = self.head.hlc.tick(self.date_ms(day.and_then(julian_ms).unwrap_or(0)));
         let version = Version { hlc, site: self.head.site };
         let base = self.head.lsn;
         for (plan, only_inserts) in self.logged_tables()? {
@@ -147,7 +147,7 @@ impl Store {
     }
 
     /// Reads every row whose state changed after `base` into a body.
-    fn gather(&mut self, version: Version, base: i64) -> Result<(Body, u64)> {
+    pub(super) fn gather(&mut self, version: Version, base: i64) -> Result<(Body, u64)> {
         let upto = self.head.lsn;
         let mut body = Body::new(&self.spool_dir);
         let mut writer = RowWriter::new(version);
@@ -207,7 +207,7 @@ impl Store {
     }
 
     /// Gives the commit its number.
-    fn number(&mut self, version: Version, body: Body, rows: u64) -> Result<OwnCommit> {
+    pub(super) fn number(&mut self, version: Version, body: Body, rows: u64) -> Result<OwnCommit> {
         let site = self.head.site;
         let before = self.head.vector.0.get(&site).copied();
         let (from, prev) = before.map_or((0, 0), |p| (p.n, p.id));

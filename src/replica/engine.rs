@@ -8,14 +8,16 @@ use super::absorb::OwnCommit;
 use super::apply::PeerCommit;
 use super::assemble::Assembler;
 use super::body::Body;
+use super::dates::dated_ahead;
 use super::store::Store;
 use super::{ReplicaError, Result};
 use crate::core::message::{CommitHeader, Fragment, Holding, Message, SyncPage, SyncRequest};
 use crate::core::names::{DbName, NodeName};
+use crate::core::skew::Judgement;
 use crate::core::vector::{Point, Vector};
 use crate::core::version::SiteId;
 
-/// How far a peer's clock may be ahead before its writes wait.
+/// How far a clock may be ahead of the mesh's before its writes wait, if nothing else is said.
 pub const MAX_SKEW_MS: u64 = 60_000;
 /// How long a hole may be one because messages are still under way.
 const HOLE_GRACE_MS: u64 = 150;
@@ -49,16 +51,16 @@ pub enum Action {
 
 /// What arrived of one site's feed and is not applied.
 #[derive(Default)]
-struct Feed {
+pub(super) struct Feed {
     /// By the number they start from.
-    pending: BTreeMap<u64, PeerCommit>,
-    bytes: u64,
+    pub(super) pending: BTreeMap<u64, PeerCommit>,
+    pub(super) bytes: u64,
     /// Why it stands still, and since when.
-    stopped: Option<(String, u64)>,
+    pub(super) stopped: Option<(String, u64)>,
     /// Whether the schema is why: then what the peer holds by now may fit.
-    schema_stopped: bool,
+    pub(super) schema_stopped: bool,
     /// Since when its first pending commit cannot be applied.
-    waiting_since_ms: Option<u64>,
+    pub(super) waiting_since_ms: Option<u64>,
 }
 
 /// A peer as this database sees it.
@@ -97,9 +99,9 @@ pub struct Counters {
 
 /// The protocol of one database on one node.
 pub struct Engine {
-    db: DbName,
-    store: Store,
-    feeds: HashMap<SiteId, Feed>,
+    pub(super) db: DbName,
+    pub(super) store: Store,
+    pub(super) feeds: HashMap<SiteId, Feed>,
     assembler: Assembler,
     peers: BTreeMap<NodeName, Peer>,
     sync: Option<Sync>,
@@ -108,7 +110,8 @@ pub struct Engine {
     announced: (Vector, u64),
     next_request: u64,
     counters: Counters,
-    actions: Vec<Action>,
+    pub(super) actions: Vec<Action>,
+    pub(super) clocks: Judgement,
 }
 
 impl Engine {
@@ -127,6 +130,7 @@ impl Engine {
             next_request: 1,
             counters: Counters::default(),
             actions: Vec::new(),
+            clocks: Judgement::alone(MAX_SKEW_MS),
         }
     }
 
@@ -167,7 +171,7 @@ impl Engine {
         feeds.chain(self.sync_error.iter().map(|(why, _)| why.clone())).collect()
     }
 
-    fn site_name(&self, site: SiteId) -> String {
+    pub(super) fn site_name(&self, site: SiteId) -> String {
         let node = self.peers.iter().find(|(_, p)| p.holding.site == site);
         node.map_or_else(|| format!("site {site}"), |(name, _)| format!("node {name}"))
     }
@@ -288,6 +292,7 @@ impl Engine {
             );
             self.refuse(&what);
         }
+        self.drop_redated(&holding.vector);
         if holding.answer {
             let ours = self.store.holding(&self.db, false);
             self.actions.push(Action::Send(from.clone(), Message::Holding(ours)));
@@ -328,7 +333,7 @@ impl Engine {
             return Ok(());
         };
         let Some(mut sync) = self.sync.take() else { return Ok(()) };
-        if let Some(why) = too_far_ahead(&held, now_ms) {
+        if let Some(why) = self.too_far_ahead(&held, now_ms) {
             self.stop_sync(format!("rows of node {from} wait: {why}"), now_ms);
             return Ok(());
         }
@@ -435,6 +440,7 @@ impl Engine {
         let stopped: Vec<SiteId> =
             self.feeds.iter().filter(|(_, f)| f.stopped.is_some()).map(|(s, _)| *s).collect();
         let name = self.site_name(site);
+        let latest_ms = self.clocks.latest_ms(now_ms, self.store.head().hlc.ms());
         let feed = self.feeds.get_mut(&site)?;
         if feed.stopped.as_ref().is_some_and(|(_, since)| now_ms < since + RETRY_MS) {
             return None;
@@ -450,10 +456,8 @@ impl Engine {
         if first.from > n {
             return None;
         }
-        if first.hlc.ms() > now_ms + MAX_SKEW_MS {
-            let ahead_s = (first.hlc.ms() - now_ms) / 1_000;
-            let why =
-                format!("its writes are dated {ahead_s} s ahead of this node's clock: set the clocks right");
+        if first.hlc.ms() > latest_ms {
+            let why = dated_ahead(&self.clocks, &name, first.hlc.ms());
             if feed.stopped.is_none() {
                 self.actions.push(Action::Warn(format!("{}: the feed of {name} waits: {why}", self.db)));
             }
@@ -548,10 +552,4 @@ impl Engine {
         let holding = self.store.holding(&self.db, true);
         self.actions.push(Action::Send(peer.clone(), Message::Holding(holding)));
     }
-}
-
-fn too_far_ahead(vector: &Vector, now_ms: u64) -> Option<String> {
-    let (site, point) = vector.0.iter().find(|(_, p)| p.hlc.ms() > now_ms + MAX_SKEW_MS)?;
-    let ahead_s = (point.hlc.ms() - now_ms) / 1_000;
-    Some(format!("site {site} dates its writes {ahead_s} s ahead of this node's clock: set the clocks right"))
 }

@@ -6,15 +6,18 @@ pub mod adopt;
 pub mod apply;
 pub mod assemble;
 pub mod body;
+pub mod clock;
 pub mod compare;
 pub mod conflict;
 pub mod copy;
+pub mod dates;
 pub mod engine;
 pub mod materialize;
 pub mod page;
 pub mod plan;
 pub mod registry;
 pub mod repair;
+pub mod restamp;
 pub mod rows;
 pub mod schema;
 pub mod send;
@@ -99,7 +102,7 @@ pub enum ReplicaError {
     #[error("more was asked at once than is answered")]
     TooMuch,
     /// A peer wants the clock raised further than is sound.
-    #[error("the asker's clock is more than 60 s ahead of this node's: set the clocks right")]
+    #[error("the asker's clock is too far ahead of this node's: set the clocks right")]
     ClockAhead,
     /// The database's thread has ended.
     #[error("the database is being stopped or detached")]

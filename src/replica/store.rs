@@ -39,6 +39,8 @@ pub struct Store {
     pub(super) user_version: i64,
     /// Whether applying rows changed others by a write of ours, which must be absorbed before more rows meet them.
     pub(super) unsettled: bool,
+    /// The mesh's clock, and how far beyond it a write may be dated.
+    pub(super) dates: Option<(u64, u64)>,
 }
 
 /// Whether a table of this name is replicated.
@@ -90,6 +92,7 @@ impl Store {
             schema_mode,
             user_version: 0,
             unsettled: false,
+            dates: None,
         };
         store.write(Self::refresh_schema)?;
         Ok(store)
@@ -216,6 +219,14 @@ impl Store {
     pub(super) fn next_lsn(&mut self) -> i64 {
         self.head.lsn += 1;
         self.head.lsn
+    }
+
+    /// The date of what was logged at `logged_ms`: a clock that is far ahead of the mesh's dates nothing.
+    pub(super) fn date_ms(&self, logged_ms: u64) -> u64 {
+        match self.dates {
+            Some((mesh_ms, skew_ms)) if logged_ms > mesh_ms + skew_ms => mesh_ms,
+            _ => logged_ms,
+        }
     }
 
     /// Writes clock and lsn.

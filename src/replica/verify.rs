@@ -9,12 +9,13 @@ use rusqlite::Connection;
 
 use super::absorb::OwnCommit;
 use super::adopt::place_triggers;
+use super::clock::steady_ms;
 use super::engine::Engine;
 use super::plan::Plan;
 use super::repair::{Fate, Restamp};
 use super::shadow::Sites;
 use super::store::Store;
-use super::worker::{WorkerHandle, wall_clock_ms};
+use super::worker::WorkerHandle;
 use super::{ReplicaError, Result};
 use crate::core::capture::{state_table, triggers};
 use crate::core::digest::{Digest, Hash, Layout, RowHasher, Seen, SeenState};
@@ -32,8 +33,6 @@ use crate::sqlite::{self, value::get};
 const QUIET_TRIES: u32 = 50;
 /// How long to wait before the next try.
 const QUIET_PAUSE: Duration = Duration::from_millis(2);
-/// How far beyond this node's clock a file's clock may be raised for the asking.
-const RAISE_MS: u64 = 60_000;
 
 /// The file's owner, as a reader of it sees it: the only one who writes.
 pub trait Owner {
@@ -263,7 +262,8 @@ fn range_sql(plan: &Plan, order: &[usize], range: &Range) -> String {
 impl Engine {
     /// Reads single rows; see [`Store::look_up`].
     pub fn look_up(&mut self, lookup: &Lookup, now_ms: u64) -> Result<(Vec<Seen>, Vector)> {
-        let (own, seen, vector) = self.store_mut().look_up(lookup, now_ms)?;
+        let latest_ms = self.clocks().latest_ms(now_ms, self.store().head().hlc.ms());
+        let (own, seen, vector) = self.store_mut().look_up(lookup, latest_ms)?;
         self.publish(own);
         Ok((seen, vector))
     }
@@ -299,7 +299,7 @@ impl Owner for WorkerHandle {
 
     fn look_up(&self, lookup: &Lookup) -> Result<(Vec<Seen>, Vector)> {
         let lookup = lookup.clone();
-        self.call(move |e| e.look_up(&lookup, wall_clock_ms())).ok_or(ReplicaError::Ended)?
+        self.call(move |e| e.look_up(&lookup, steady_ms())).ok_or(ReplicaError::Ended)?
     }
 
     fn snapshot(&self) -> Result<Connection> {
@@ -311,8 +311,8 @@ impl Owner for WorkerHandle {
     }
 
     fn clock_ms(&self) -> Result<u64> {
-        let ms = self.call(|e| e.store().head().hlc.ms()).ok_or(ReplicaError::Ended)?;
-        Ok(ms.max(wall_clock_ms()))
+        let ms = |e: &mut Engine| e.store().head().hlc.ms().max(e.clocks().mesh_ms(steady_ms()));
+        self.call(ms).ok_or(ReplicaError::Ended)
     }
 
     fn restamp(&self, order: Restamp) -> Result<Vec<Fate>> {
@@ -353,7 +353,7 @@ impl Store {
         let sql = "SELECT 1 FROM sqlite_schema WHERE type = 'trigger' AND name = ?1 AND sql = ?2";
         let mut ask = self.conn.prepare_cached(sql)?;
         let mut robbed = Vec::new();
-        for plan in &self.plans {
+        for plan in self.plans() {
             for trigger in triggers(&plan.table) {
                 if !ask.exists(trigger)? {
                     robbed.push(plan.clone());
@@ -365,17 +365,17 @@ impl Store {
     }
 
     /// Reads single rows in a write transaction that has absorbed everything, and that is on the disk afterwards:
-    /// whatever the application wrote before it is then, too.
+    /// whatever the application wrote before it is then, too. The file's clock is raised at most to `latest_ms`.
     pub fn look_up(
         &mut self,
         lookup: &Lookup,
-        now_ms: u64,
+        latest_ms: u64,
     ) -> Result<(Option<OwnCommit>, Vec<Seen>, Vector)> {
         let bytes: usize = lookup.keys.iter().map(key_size).sum();
         if lookup.keys.len() > LOOKUP_KEYS || bytes > LOOKUP_BYTES && lookup.keys.len() > 1 {
             return Err(ReplicaError::TooMuch);
         }
-        if lookup.later_than_ms.is_some_and(|ms| ms > now_ms + RAISE_MS) {
+        if lookup.later_than_ms.is_some_and(|ms| ms > latest_ms) {
             return Err(ReplicaError::ClockAhead);
         }
         self.write(|store| {

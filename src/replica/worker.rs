@@ -4,9 +4,10 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender, TrySendError};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use super::ReplicaError;
+use super::clock::{SharedClocks, steady_ms};
 use super::engine::{Action, Engine};
 use super::send::{commit_pieces, message_pieces};
 use crate::core::message::{Fragment, Message};
@@ -109,13 +110,9 @@ pub struct Worker {
     queued_bytes: Arc<AtomicUsize>,
     outgoing: tokio::sync::mpsc::Sender<Outgoing>,
     report: Report,
+    clocks: SharedClocks,
     trouble: Option<String>,
     gather_until: Option<Instant>,
-}
-
-/// Milliseconds since 1970 by the wall clock.
-pub fn wall_clock_ms() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)
 }
 
 impl Worker {
@@ -125,6 +122,7 @@ impl Worker {
         engine: Engine,
         outgoing: tokio::sync::mpsc::Sender<Outgoing>,
         report: Report,
+        clocks: SharedClocks,
     ) -> (Self, WorkerHandle) {
         let (sender, inputs) = mpsc::sync_channel(QUEUE);
         let (woken, queued_bytes) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
@@ -138,6 +136,7 @@ impl Worker {
             queued_bytes,
             outgoing,
             report,
+            clocks,
             trouble: None,
             gather_until: None,
         };
@@ -205,7 +204,7 @@ impl Worker {
                 Ok(())
             }
             Input::Fragment(site, piece) => self.engine.on_fragment(site, &piece),
-            Input::Message(from, message) => self.engine.on_message(&from, message, wall_clock_ms()),
+            Input::Message(from, message) => self.engine.on_message(&from, message, steady_ms()),
             Input::Greet(peer) => {
                 self.engine.greet(&peer);
                 Ok(())
@@ -223,7 +222,8 @@ impl Worker {
     }
 
     fn turn(&mut self) -> Result<(), ReplicaError> {
-        let now_ms = wall_clock_ms();
+        let now_ms = steady_ms();
+        self.engine.set_clocks(self.clocks.get(), now_ms);
         let result = self.engine.settle(now_ms);
         self.engine.announce(now_ms);
         self.perform()?;

@@ -77,6 +77,8 @@ fn node(w: &mut Writer<'_>, s: &Status, hanging: usize) {
     w.single("ready", Type::Gauge, "1 if the node is ready.", flag(s.ready));
     w.single("uptime_seconds", Type::Gauge, "Time since the process started.", s.uptime_s as f64);
     w.single("warnings", Type::Gauge, "Warnings that status shows.", s.warnings.len() as f64);
+    let help = "This node's clock minus the mesh's.";
+    w.single("clock_offset_seconds", Type::Gauge, help, s.clock_offset_ms / 1e3);
     w.single("loops_hanging", Type::Gauge, "Loops of the process that do not turn.", hanging as f64);
 }
 
@@ -129,6 +131,9 @@ fn databases(w: &mut Writer<'_>, databases: &[DatabaseStatus]) {
         let samples = databases.iter().map(|d| (vec![("db", d.name.as_str())], value(d) as f64));
         w.family(name, kind, help, samples);
     }
+    let ahead = databases.iter().map(|d| (vec![("db", d.name.as_str())], d.clock_ahead_s));
+    let help = "How far the file's clock is ahead of what other nodes follow; 0 if it is not.";
+    w.family("db_clock_ahead_seconds", Type::Gauge, help, ahead);
     verified(w, databases);
 }
 

@@ -27,6 +27,12 @@ pub struct Status {
     pub not_ready_because: Vec<String>,
     /// What somebody should look at, in whole sentences.
     pub warnings: Vec<String>,
+    /// This node's clock minus the mesh's, in milliseconds.
+    #[serde(default)]
+    pub clock_offset_ms: f64,
+    /// How many nodes' clocks, this one's included, tell what the mesh's is.
+    #[serde(default)]
+    pub clocks: u64,
     /// The bundled NATS server.
     pub fabric: FabricStatus,
     /// The other nodes, by name.
@@ -142,6 +148,9 @@ pub struct DatabaseStatus {
     pub null_key_rows: u64,
     /// Rows of replication state in the file.
     pub state_rows: u64,
+    /// How many seconds the file's clock is ahead of the mesh's, if that is more than other nodes follow; else 0.
+    #[serde(default)]
+    pub clock_ahead_s: f64,
     /// What the latest comparison with other nodes found; absent until there was one.
     #[serde(default)]
     pub verified: Option<Verified>,

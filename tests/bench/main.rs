@@ -1,10 +1,12 @@
 //! The figures of this release, each against its baseline in the same run: `cargo bench --bench figures`, with names of
-//! measurements (`capture`, `start`, `bulk`, `lag`) as arguments to run only those.
+//! measurements (`capture`, `start`, `bulk`, `lag`, `verify`) as arguments to run only those.
 
 #[path = "../support/mod.rs"]
 mod support;
 
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use rusqlite::Connection;
@@ -31,6 +33,7 @@ fn main() {
     run("start", start);
     run("bulk", bulk);
     run("lag", lag);
+    run("verify", verify);
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
@@ -242,4 +245,61 @@ fn lag() {
     );
     let wal = a.file("app.db-wal");
     println!("lag at 200 tx/s: the WAL is {} KiB", std::fs::metadata(wal).map_or(0, |m| m.len() / 1024));
+}
+
+/// What comparing a million rows costs, and what a writer at 200 tx/s notices of it.
+fn verify() {
+    const ROWS: i64 = 1_000_000;
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = support::pair(dir.path(), SCHEMA);
+    transactions(&mut open(&a.file("app.db")), 1, ROWS / 1_000, 1_000, INSERT);
+    a.sync();
+    let stop = Arc::new(AtomicBool::new(false));
+    let (phase, app, stopped) = (Arc::new(AtomicUsize::new(0)), open(&a.file("app.db")), stop.clone());
+    let at = phase.clone();
+    let writer = std::thread::spawn(move || {
+        let mut worst = [0.0f64; 2];
+        let mut id = 0;
+        while !stopped.load(Ordering::Relaxed) {
+            id = (id + 7_919) % ROWS + 1;
+            let started = Instant::now();
+            app.execute("UPDATE t SET b = b + 1 WHERE id = ?1", [id]).unwrap();
+            let waited_ms = started.elapsed().as_secs_f64() * 1_000.0;
+            let phase = at.load(Ordering::Relaxed);
+            worst[phase] = worst[phase].max(waited_ms);
+            std::thread::sleep(Duration::from_millis(5).saturating_sub(started.elapsed()));
+        }
+        worst
+    });
+    let cpu = || [&a, &b].map(|n| processor_s(n.process.as_ref().unwrap().id()));
+    let (before, started) = (cpu(), Instant::now());
+    std::thread::sleep(Duration::from_secs(10));
+    let (idle, baseline_s) = (cpu(), started.elapsed().as_secs_f64());
+    phase.store(1, Ordering::Relaxed);
+    let started = Instant::now();
+    let output = a.run(&["verify"]);
+    let (done, took_s) = (cpu(), started.elapsed().as_secs_f64());
+    stop.store(true, Ordering::Relaxed);
+    let [quiet_ms, worst_ms] = writer.join().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    // Less what replicating the writer's rows costs.
+    let used = |i: usize| (done[i] - idle[i]) - (idle[i] - before[i]) / baseline_s * took_s;
+    let (here_s, there_s) = (used(0), used(1));
+    println!(
+        "verify, 1,000,000 rows: {took_s:.1} s on demand; {here_s:.1} s of processor time here and {there_s:.1} s on the \
+         peer: {:.3}% of a core at one comparison an hour",
+        here_s.max(there_s) / 36.0
+    );
+    println!(
+        "verify, 1,000,000 rows: a writer's worst UPDATE at 200 tx/s {worst_ms:.1} ms meanwhile, {quiet_ms:.1} ms without"
+    );
+}
+
+/// The processor time that a process has used, in seconds.
+fn processor_s(pid: u32) -> f64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let after_name = stat.rsplit_once(')').unwrap().1;
+    let ticks = after_name.split_whitespace().skip(11).take(2).map(|t| t.parse::<f64>().unwrap());
+    // The unit of /proc is a hundredth of a second on every Linux.
+    ticks.sum::<f64>() / 100.0
 }

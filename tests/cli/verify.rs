@@ -153,7 +153,6 @@ fn wrong_questions_and_absent_nodes_are_named() {
         (&["verify", "other"][..], "does not replicate other"),
         (&["repair", "app", "--from", "c"], "node c is not there"),
         (&["repair", "app", "--from", "b", "--table", "none"], "there is no table \"none\""),
-        (&["repair", "app"], "--from NODE"),
         (&["repair", "--from", "a"], "name the database"),
     ] {
         let (code, text) = run(&a, args);

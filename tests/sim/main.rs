@@ -3,6 +3,7 @@
 //!
 //! `LITEMESH_SIM_SEED=n` runs one seed, `LITEMESH_SIM_SEEDS=n` that many.
 
+mod clocks;
 mod compare;
 mod ddl;
 mod scripted;
@@ -44,4 +45,14 @@ fn unique_constraints_converge() {
 #[test]
 fn changes_of_the_schema_converge() {
     run("schema", 60, |seed| Options { nodes: 2 + (seed % 3) as usize, ddl: true, ..Options::storm() });
+}
+
+#[test]
+fn nodes_converge_with_clocks_an_hour_off_that_jump() {
+    run("clocks", 30, |seed| Options {
+        nodes: 2 + (seed % 4) as usize,
+        skew_ms: 3_600_000,
+        jumps: 0.02,
+        ..Options::storm()
+    });
 }

@@ -19,13 +19,13 @@ pub struct Site {
     pub engine: Engine,
     /// Commits that were published and not delivered: pieces.
     pub commits: Vec<Vec<Bytes>>,
-    messages: Vec<(Option<NodeName>, Message)>,
-    warnings: Vec<String>,
+    pub messages: Vec<(Option<NodeName>, Message)>,
+    pub warnings: Vec<String>,
 }
 
 impl Site {
     /// A site whose operator changes the schema by hand.
-    fn new(test: &str, name: &str, site: u64, lineage: u64, schema: &str) -> Self {
+    pub fn new(test: &str, name: &str, site: u64, lineage: u64, schema: &str) -> Self {
         Self::with_mode(test, name, (site, lineage), schema, SchemaMode::Manual)
     }
 
@@ -88,7 +88,7 @@ impl Site {
     }
 
     /// One application transaction, absorbed into one commit.
-    fn write(&mut self, sql: &str) -> Vec<Bytes> {
+    pub fn write(&mut self, sql: &str) -> Vec<Bytes> {
         self.app.execute_batch(&format!("BEGIN; {sql}; COMMIT")).unwrap();
         self.settle(START_MS);
         self.commits.pop().expect("a commit")
@@ -100,7 +100,7 @@ impl Site {
         }
     }
 
-    fn hear(&mut self, from: &NodeName, message: Message, now_ms: u64) {
+    pub fn hear(&mut self, from: &NodeName, message: Message, now_ms: u64) {
         self.engine.on_message(from, message, now_ms).unwrap();
     }
 
@@ -114,14 +114,14 @@ impl Site {
         }
     }
 
-    fn rows(&self) -> String {
+    pub fn rows(&self) -> String {
         self.text("SELECT group_concat(id || '=' || v, ' ') FROM (SELECT * FROM t ORDER BY id)")
     }
 }
 
-const SCHEMA: &str = "CREATE TABLE t(id INTEGER PRIMARY KEY, v)";
+pub const SCHEMA: &str = "CREATE TABLE t(id INTEGER PRIMARY KEY, v)";
 
-fn duo(test: &str) -> (Site, Site) {
+pub fn duo(test: &str) -> (Site, Site) {
     (Site::new(test, "a", 1, 7, SCHEMA), Site::new(test, "b", 2, 7, SCHEMA))
 }
 
@@ -236,7 +236,7 @@ fn writes_of_a_clock_far_ahead_wait_and_say_whose_it_is() {
     b.take(site, &commit);
     b.settle(START_MS);
     assert_eq!(b.rows(), "");
-    assert!(b.engine.stopped()[0].contains("ahead of this node's clock"), "{:?}", b.engine.stopped());
+    assert!(b.engine.stopped()[0].contains("ahead of the mesh's clock"), "{:?}", b.engine.stopped());
     let before = b.engine.store().head().hlc;
     b.write("INSERT INTO t VALUES(2, 'now')");
     assert!(

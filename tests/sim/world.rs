@@ -3,8 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
-use litemesh::core::message::{Fragment, Message, decode};
+use litemesh::core::message::{Fragment, Hello, Message, decode};
 use litemesh::core::names::{DbName, NodeName};
+use litemesh::core::skew::Clocks;
 use litemesh::core::version::SiteId;
 use litemesh::fabric::link::{Incoming, Outgoing};
 use litemesh::fabric::memory::{MemoryFabric, Weather};
@@ -37,17 +38,41 @@ pub struct Options {
     pub kills: f64,
     pub uniques: bool,
     pub ddl: bool,
+    /// How far clocks are off at most, either way.
+    pub skew_ms: i64,
+    /// Probability, in each step, that a clock is set to something else.
+    pub jumps: f64,
 }
 
 impl Options {
     pub fn calm() -> Self {
         let weather = Weather { drop: 0.0, duplicate: 0.0, max_delay_ms: 5 };
-        Self { nodes: 2, steps: 150, weather, cuts: 0.0, kills: 0.0, uniques: false, ddl: false }
+        Self {
+            nodes: 2,
+            steps: 150,
+            weather,
+            cuts: 0.0,
+            kills: 0.0,
+            uniques: false,
+            ddl: false,
+            skew_ms: 20_000,
+            jumps: 0.0,
+        }
     }
 
     pub fn storm() -> Self {
         let weather = Weather { drop: 0.15, duplicate: 0.15, max_delay_ms: 400 };
-        Self { nodes: 2, steps: 250, weather, cuts: 0.03, kills: 0.03, uniques: false, ddl: false }
+        Self {
+            nodes: 2,
+            steps: 250,
+            weather,
+            cuts: 0.03,
+            kills: 0.03,
+            uniques: false,
+            ddl: false,
+            skew_ms: 20_000,
+            jumps: 0.0,
+        }
     }
 }
 
@@ -82,7 +107,9 @@ struct Node {
     uri: String,
     engine: Option<Engine>,
     messages: MessageAssembler,
+    /// How far its wall clock is off.
     skew_ms: i64,
+    clocks: Clocks,
 }
 
 pub struct World {
@@ -92,6 +119,7 @@ pub struct World {
     net: MemoryFabric,
     nodes: Vec<Node>,
     now_ms: u64,
+    next_hello_ms: u64,
     next_id: u64,
     /// Keys that one node alone ever inserted and nobody deletes.
     acknowledged: BTreeSet<String>,
@@ -114,6 +142,7 @@ impl World {
             net: MemoryFabric::new(seed, options.weather),
             nodes: Vec::new(),
             now_ms: 1_800_000_000_000,
+            next_hello_ms: 0,
             next_id: 0,
             acknowledged: BTreeSet::new(),
         };
@@ -135,10 +164,15 @@ impl World {
         }
         adopt::install(&app, 77, SiteId(1_000 + i as u64)).unwrap();
         self.net.up(&name);
-        let skew_ms = self.random.random_range(-20_000..20_000);
+        let skew_ms = self.skew();
         let messages = MessageAssembler::default();
-        self.nodes.push(Node { name, app, uri, engine: None, messages, skew_ms });
+        self.nodes.push(Node { name, app, uri, engine: None, messages, skew_ms, clocks: Clocks::default() });
         self.start(i);
+    }
+
+    fn skew(&mut self) -> i64 {
+        let skew_ms = self.options.skew_ms;
+        self.random.random_range(-skew_ms..skew_ms)
     }
 
     fn start(&mut self, i: usize) {
@@ -189,6 +223,24 @@ impl World {
         self.nodes[i].engine.as_mut().expect("it is up")
     }
 
+    /// One more write on a node, of one row that all have; it comes after whatever the node has seen.
+    pub fn last_word(&mut self, i: usize, word: &str) {
+        let app = &self.nodes[i].app;
+        let wall_ms = self.now_ms.saturating_add_signed(self.nodes[i].skew_ms);
+        let day = wall_ms as f64 / 86_400_000.0 + 2_440_587.5;
+        app.execute_batch(&format!(
+            "BEGIN; INSERT INTO item VALUES(1, 'new', '{word}', 0) ON CONFLICT DO UPDATE SET b = excluded.b;
+             UPDATE __litemesh_log SET ms = {day}; COMMIT"
+        ))
+        .unwrap();
+    }
+
+    /// The word that a node has.
+    pub fn word(&self, i: usize) -> String {
+        let sql = "SELECT b FROM item WHERE id = 1";
+        self.nodes[i].app.query_row(sql, [], |r| r.get(0)).unwrap()
+    }
+
     /// A connection of its own to a node's database.
     pub fn connect(&self, i: usize) -> Connection {
         Connection::open(&self.nodes[i].uri).unwrap()
@@ -212,6 +264,9 @@ impl World {
         if self.random.random_bool(self.options.cuts) {
             self.net.heal();
         }
+        if self.random.random_bool(self.options.jumps) {
+            self.nodes[a].skew_ms = self.skew();
+        }
         if self.random.random_bool(self.options.kills) {
             self.kill(a);
         }
@@ -225,6 +280,8 @@ impl World {
         let statements = self.random.random_range(1..5);
         let mut fresh = Vec::new();
         self.nodes[i].app.execute_batch("BEGIN").unwrap();
+        let logged = "SELECT coalesce(max(seq), 0) FROM __litemesh_log";
+        let before: i64 = self.nodes[i].app.query_row(logged, [], |r| r.get(0)).unwrap();
         for _ in 0..statements {
             let sql = self.statement(i, &mut fresh);
             // Constraint errors are the application's own affair.
@@ -233,6 +290,11 @@ impl World {
                 println!("{} n{i}: {sql}", self.now_ms % 10_000_000);
             }
         }
+        // What the application's clock said: the same host's, so as wrong.
+        let wall_ms = self.now_ms.saturating_add_signed(self.nodes[i].skew_ms);
+        let day = wall_ms as f64 / 86_400_000.0 + 2_440_587.5;
+        let date = "UPDATE __litemesh_log SET ms = ?1 WHERE seq > ?2";
+        self.nodes[i].app.execute(date, (day, before)).unwrap();
         if self.random.random_bool(0.1) {
             self.nodes[i].app.execute_batch("ROLLBACK").unwrap();
         } else {
@@ -295,7 +357,7 @@ impl World {
         for (to, message) in self.net.deliver(self.now_ms) {
             let Some(i) = self.nodes.iter().position(|n| n.name == to) else { continue };
             let node = &mut self.nodes[i];
-            let now = self.now_ms.saturating_add_signed(node.skew_ms);
+            let now = self.now_ms;
             let Some(engine) = &mut node.engine else { continue };
             match message {
                 Incoming::Commit { site, payload, .. } => {
@@ -304,13 +366,29 @@ impl World {
                 }
                 Incoming::Message { from, payload } => {
                     if let Some(message) = node.messages.push::<Message>(&from, &payload).unwrap() {
+                        if let Message::Hello(hello) = &message {
+                            node.clocks.hear(&from, hello.now_ms, now);
+                        }
                         engine.on_message(&from, message, now).unwrap();
                     }
                 }
             }
         }
+        let hello = self.now_ms >= self.next_hello_ms;
+        if hello {
+            self.next_hello_ms = self.now_ms + 2_000;
+        }
         for i in 0..self.nodes.len() {
-            let now = self.now_ms.saturating_add_signed(self.nodes[i].skew_ms);
+            let now = self.now_ms;
+            let wall_ms = now.saturating_add_signed(self.nodes[i].skew_ms);
+            let clocks = self.nodes[i].clocks.judge(wall_ms, now, 60_000);
+            let Some(engine) = &mut self.nodes[i].engine else { continue };
+            engine.set_clocks(clocks, now);
+            if hello {
+                let hello = Hello { version: String::new(), now_ms: wall_ms, dbs: vec![db()] };
+                let name = self.nodes[i].name.clone();
+                self.act(&name, Action::Broadcast(Message::Hello(hello)));
+            }
             let Some(engine) = &mut self.nodes[i].engine else { continue };
             engine.settle(now).unwrap();
             engine.announce(now);
@@ -349,12 +427,16 @@ impl World {
                 self.start(i);
             }
         }
+        // What was dated ahead by a node that heard nobody may have to wait for its time.
+        let pause_ms = if self.options.skew_ms > 60_000 { 3_000 } else { 50 };
         for round in 0..3_000 {
-            self.now_ms += 50;
+            self.now_ms += pause_ms;
             self.turn();
             let vectors = || self.nodes.iter().map(|n| &n.engine.as_ref().unwrap().store().head().vector);
             let first = vectors().next().unwrap();
-            if round % 10 == 0 && self.net.is_quiet() && vectors().all(|v| v == first) {
+            // With pauses that long a hello is always under way.
+            let quiet = self.net.is_quiet() || pause_ms > 2_000;
+            if round % 10 == 0 && quiet && vectors().all(|v| v == first) {
                 return;
             }
         }
