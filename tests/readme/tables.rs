@@ -9,15 +9,20 @@ use litemesh::cli::args::Cli;
 use litemesh::config::raw::{KEYS, Raw, variable};
 use litemesh::config::{self, Config, ConfigError, Surroundings, valid};
 use litemesh::status::metrics;
-use litemesh::status::model::{DatabasePeer, DatabaseStatus, PeerStatus, Status};
+use litemesh::status::model::{DatabasePeer, DatabaseStatus, PeerStatus, Status, Verified};
 
 use crate::text::{code_spans, readme, root, section, table, words};
 
 /// Options of other programs that README names.
 const FOREIGN_OPTIONS: [&str; 3] = ["--release", "--workspace", "--bench"];
 /// Variables that are no options.
-const OTHER_VARIABLES: [&str; 4] =
-    ["LITEMESH_CONFIG", "LITEMESH_NO_FETCH", "LITEMESH_SIM_SEED", "LITEMESH_SIM_SEEDS"];
+const OTHER_VARIABLES: [&str; 5] = [
+    "LITEMESH_CONFIG",
+    "LITEMESH_NO_FETCH",
+    "LITEMESH_SIM_SEED",
+    "LITEMESH_SIM_SEEDS",
+    "LITEMESH_TEST_CLOCK_OFFSET_MS",
+];
 
 fn set<T: Into<String>>(items: impl IntoIterator<Item = T>) -> BTreeSet<String> {
     items.into_iter().map(Into::into).collect()
@@ -96,6 +101,8 @@ fn the_options_of_up_have_their_variable_key_and_default() {
             "http" => valid::DEFAULT_HTTP,
             "log" => valid::DEFAULT_LOG,
             "journal" => "wal",
+            "verify_every" => valid::DEFAULT_VERIFY_EVERY,
+            "max_skew" => valid::DEFAULT_MAX_SKEW,
             _ => continue,
         };
         assert_eq!(plain(&row[3]), default, "the default of {key}");
@@ -114,7 +121,8 @@ fn every_variable_named_exists() {
 fn every_metric_is_in_the_table_and_the_reverse() {
     let peer = PeerStatus { last_heard_s: Some(1.0), clock_offset_ms: Some(1.0), ..PeerStatus::default() };
     let of_peer = DatabasePeer { last_heard_s: Some(1.0), ..DatabasePeer::default() };
-    let database = DatabaseStatus { peers: vec![of_peer], ..DatabaseStatus::default() };
+    let verified = Some(Verified::default());
+    let database = DatabaseStatus { peers: vec![of_peer], verified, ..DatabaseStatus::default() };
     let status = Status { peers: vec![peer], databases: vec![database], ..Status::default() };
     let text = metrics::render(&status, 0);
     let served = set(text.lines().filter_map(|l| l.strip_prefix("# TYPE ")?.split(' ').next()));
@@ -230,6 +238,8 @@ fn the_example_configuration_is_accepted_as_it_is_and_with_each_example() {
             "cluster" => assert_eq!(default, valid::DEFAULT_CLUSTER),
             "client" => assert_eq!(default, valid::DEFAULT_CLIENT),
             "http" => assert_eq!(default, valid::DEFAULT_HTTP),
+            "verify_every" => assert_eq!(default, valid::DEFAULT_VERIFY_EVERY),
+            "max_skew" => assert_eq!(default, valid::DEFAULT_MAX_SKEW),
             "log" => assert_eq!((default, config.log.as_str()), (valid::DEFAULT_LOG, valid::DEFAULT_LOG)),
             _ => {}
         }

@@ -55,6 +55,8 @@ pub struct Node {
     pub addresses: Vec<SocketAddr>,
     pub databases: Vec<String>,
     pub extra: Vec<String>,
+    /// Variables for its process.
+    pub variables: Vec<(String, String)>,
     pub process: Option<Child>,
     /// What it printed on stdout since its last start.
     pub output: Arc<Mutex<Vec<String>>>,
@@ -83,6 +85,7 @@ impl Node {
             addresses: free_addresses(3),
             databases: databases.iter().map(|d| (*d).to_owned()).collect(),
             extra: Vec::new(),
+            variables: Vec::new(),
             process: None,
             output: Arc::default(),
             log: Arc::default(),
@@ -109,7 +112,7 @@ impl Node {
         if let Some(token) = token {
             command.args(["--join", token]);
         }
-        command.args(&self.extra);
+        command.args(&self.extra).envs(self.variables.iter().cloned());
         command
     }
 
