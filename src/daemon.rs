@@ -96,11 +96,7 @@ pub async fn run(config: Config, started: impl FnOnce(&Started)) -> Result<()> {
         secret: contact.secret.into(),
     };
     let routes = http::router(observer.handle()).merge(http::guard(control::routes(control)));
-    tasks.spawn(async move {
-        if let Err(e) = axum::serve(listener, routes).await {
-            warn!("the status page has ended: {e}");
-        }
-    });
+    tasks.spawn(serve_page(listener, routes));
     let starter = Starter {
         state: &state,
         router: &router,
@@ -129,6 +125,12 @@ pub async fn run(config: Config, started: impl FnOnce(&Started)) -> Result<()> {
         None => debug!("the fabric is still in use: its server ends with this process"),
     }
     result
+}
+
+async fn serve_page(listener: TcpListener, routes: axum::Router) {
+    if let Err(e) = axum::serve(listener, routes).await {
+        warn!("the status page has ended: {e}");
+    }
 }
 
 fn fabric_options(config: &Config) -> Result<FabricOptions> {
