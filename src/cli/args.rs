@@ -192,6 +192,10 @@ pub struct UpArgs {
     /// How far a clock may be ahead of the mesh's before what it dates waits [default: 60s].
     #[arg(long, value_name = "TIME")]
     pub max_skew: Option<String>,
+    /// Keep both rows when two nodes insert under one id, in tables that match one of these globs (may be given
+    /// several times).
+    #[arg(long, value_name = "TABLE_GLOB")]
+    pub rekey: Vec<String>,
     /// What to log: error, warn, info, debug, trace, or filters of single modules [default:
     /// info,nats=warn,async_nats=warn].
     #[arg(long, value_name = "LEVEL")]
@@ -244,6 +248,7 @@ impl UpArgs {
             exclude: list(&self.exclude),
             verify_every: self.verify_every.clone(),
             max_skew: self.max_skew.clone(),
+            rekey: list(&self.rekey),
             log: self.log.clone(),
         }
     }

@@ -28,6 +28,7 @@ pub const KEYS: &[&str] = &[
     "exclude",
     "verify_every",
     "max_skew",
+    "rekey",
     "log",
 ];
 
@@ -69,6 +70,8 @@ pub struct Raw {
     pub verify_every: Option<String>,
     /// How far a clock may be ahead.
     pub max_skew: Option<String>,
+    /// Globs of tables that keep both rows of an id collision.
+    pub rekey: Option<Vec<String>>,
     /// What to log.
     pub log: Option<String>,
 }
@@ -150,6 +153,7 @@ impl Raw {
             "databases" => self.databases = list(),
             "include" => self.include = list(),
             "exclude" => self.exclude = list(),
+            "rekey" => self.rekey = list(),
             "state_dir" => self.state_dir = Some(value.into()),
             "join_file" => self.join_file = Some(value.into()),
             "name" => self.name = text(),
@@ -198,6 +202,7 @@ impl Raw {
             exclude: self.exclude.or(below.exclude),
             verify_every: self.verify_every.or(below.verify_every),
             max_skew: self.max_skew.or(below.max_skew),
+            rekey: self.rekey.or(below.rekey),
             log: self.log.or(below.log),
         }
     }

@@ -100,7 +100,7 @@ fn every_key_can_be_set_in_the_file_and_in_the_environment() {
     let all: Vec<&str> = KEYS.iter().copied().filter(|k| *k != "join_file").collect();
     let value = |key: &str| match key {
         "databases" => "['x.db']",
-        "include" | "exclude" => "['a*']",
+        "include" | "exclude" | "rekey" => "['a*']",
         "cluster" => "'1.2.3.4:1'",
         "client" | "http" => "'localhost:0'",
         "advertise" => "'[::1]:7'",
@@ -120,6 +120,7 @@ fn every_key_can_be_set_in_the_file_and_in_the_environment() {
         assert!(raw.name.is_some() && raw.state_dir.is_some() && raw.join.is_some() && raw.log.is_some());
         assert!(raw.cluster.is_some() && raw.client.is_some() && raw.http.is_some());
         assert!(raw.advertise.is_some() && raw.journal.is_some() && raw.schema.is_some());
+        assert!(raw.rekey.is_some());
     }
     let config = load(of_file, None, &around(&[])).unwrap();
     assert_eq!(config.advertise.unwrap().to_string(), "[::1]:7");
@@ -185,6 +186,9 @@ fn tables_are_chosen_by_globs() {
     assert!(tables.covers("APP_orders") && tables.covers("users"));
     assert!(!tables.covers("app_page_cache") && !tables.covers("other"));
     assert!(TableFilter::default().covers("anything"));
+    let rekey = load(Raw { rekey: list(&["order*"]), ..Raw::default() }, None, &around(&[])).unwrap().rekey;
+    assert!(rekey.is_some_and(|r| r.covers("Orders") && !r.covers("users")));
+    assert!(load(Raw::default(), None, &around(&[])).unwrap().rekey.is_none());
 }
 
 #[test]

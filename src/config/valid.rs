@@ -138,6 +138,8 @@ pub struct Config {
     pub verify_every: Option<Duration>,
     /// How far a clock may be ahead of the mesh's before what it dates waits.
     pub max_skew: Duration,
+    /// Which of them keep both rows of an id collision; `None` if none is named.
+    pub rekey: Option<TableFilter>,
     /// A filter for the log, in the syntax of `tracing_subscriber::EnvFilter`.
     pub log: String,
 }
@@ -172,6 +174,10 @@ pub fn validate(raw: Raw, around: &Surroundings) -> Result<Config, ConfigError> 
         },
         verify_every: verify_every(raw.verify_every.as_deref())?,
         max_skew: max_skew(raw.max_skew.as_deref())?,
+        rekey: match globs("rekey", raw.rekey)? {
+            none if none.is_empty() => None,
+            include => Some(TableFilter { include, exclude: Vec::new() }),
+        },
         log: log(raw.log)?,
     })
 }

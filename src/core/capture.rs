@@ -17,6 +17,8 @@ pub const OP_UPDATE: i64 = 2;
 pub const OP_DELETE: i64 = 3;
 /// A row may have been displaced by REPLACE, for which no trigger fires.
 pub const OP_SUSPECT: i64 = 4;
+/// A row was taken out because another is the same (`core::rekey`); only litemesh itself logs it.
+pub const OP_TWIN: i64 = 5;
 
 /// Our tables that do not depend on the application's.
 pub const TABLES: &str = "

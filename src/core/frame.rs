@@ -1,9 +1,11 @@
 //! Rows on the wire: a frame is a table of versions and sections of rows, MessagePack, compressed when that pays.
 //! Invariant: decoding bytes of a peer never panics and never allocates more than they justify.
 //!
-//! A frame is `flags u8` (1: zstd, else plain; 2: rows of the schema, which come before all others) and a MessagePack array `[versions, section…]`. A section is
-//! `[table, [key column…], [column…], rows as bin]`. A row is a byte of flags, the key's values, then as flagged the
-//! birth, the death and the written columns (indexes into the frame's versions), then, if it is alive, its values.
+//! A frame is `flags u8` (1: zstd, else plain; 2: rows of the schema, which come before all others) and a MessagePack
+//! array `[versions, section…]`. A section is `[table, [key column…], [column…], rows as bin]`, with `true` at the end
+//! if the table keeps both rows of an id collision. A row is a byte of flags, the key's values, then as flagged the
+//! birth, the death, the written columns and the births of the rows referred to (indexes into the frame's versions),
+//! then, if it is alive, its values.
 
 use std::collections::HashMap;
 use std::io::Read;
@@ -26,6 +28,7 @@ const OF_SCHEMA: u8 = 2;
 const DEAD: u8 = 1;
 const BIRTH: u8 = 2;
 const COLUMNS: u8 = 4;
+const REFS: u8 = 8;
 
 /// Why bytes from a peer are not a message.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -53,6 +56,8 @@ pub struct RowVersions<'a> {
     pub dead: Option<Version>,
     /// (index of the column in its section, version).
     pub columns: &'a [(u32, Version)],
+    /// (index of the column in its section, birth of the row it refers to); of a dead row its successor's birth.
+    pub refs: &'a [(u32, Version)],
 }
 
 /// Builds one frame.
@@ -64,6 +69,7 @@ pub struct FrameWriter {
     rows: Vec<u8>,
     head: Vec<u8>,
     flags: u8,
+    keeps_both: bool,
 }
 
 impl FrameWriter {
@@ -71,7 +77,8 @@ impl FrameWriter {
     pub fn new(default: Version) -> Self {
         let index = HashMap::from([(default, 0)]);
         let (sections, rows, head) = (Vec::new(), Vec::new(), Vec::new());
-        Self { versions: vec![default], index, sections, section_count: 0, rows, head, flags: 0 }
+        let (section_count, flags, keeps_both) = (0, 0, false);
+        Self { versions: vec![default], index, sections, section_count, rows, head, flags, keeps_both }
     }
 
     /// Says that the frame's rows are the schema's.
@@ -80,10 +87,11 @@ impl FrameWriter {
     }
 
     /// Starts the rows of a table.
-    pub fn begin_section(&mut self, table: &str, keys: &[&str], columns: &[&str]) {
+    pub fn begin_section(&mut self, table: &str, keys: &[&str], columns: &[&str], keeps_both: bool) {
         self.end_section();
+        self.keeps_both = keeps_both;
         let head = &mut self.head;
-        infallible(write_array_len(head, 4));
+        infallible(write_array_len(head, if keeps_both { 5 } else { 4 }));
         infallible(write_str(head, table));
         for names in [keys, columns] {
             infallible(write_array_len(head, names.len() as u32));
@@ -105,6 +113,7 @@ impl FrameWriter {
         flags |= if versions.dead.is_some() { DEAD } else { 0 };
         flags |= if birth != 0 { BIRTH } else { 0 };
         flags |= if versions.columns.is_empty() { 0 } else { COLUMNS };
+        flags |= if versions.refs.is_empty() { 0 } else { REFS };
         self.rows.push(flags);
         key.for_each(|v| write_value(&mut self.rows, v));
         if birth != 0 {
@@ -114,9 +123,9 @@ impl FrameWriter {
             let dead = self.version(dead);
             infallible(write_uint(&mut self.rows, dead));
         }
-        if !versions.columns.is_empty() {
-            infallible(write_uint(&mut self.rows, versions.columns.len() as u64));
-            for (column, version) in versions.columns {
+        for list in [versions.columns, versions.refs].into_iter().filter(|l| !l.is_empty()) {
+            infallible(write_uint(&mut self.rows, list.len() as u64));
+            for (column, version) in list {
                 let version = self.version(*version);
                 infallible(write_uint(&mut self.rows, u64::from(*column)));
                 infallible(write_uint(&mut self.rows, version));
@@ -164,6 +173,9 @@ impl FrameWriter {
         if !self.rows.is_empty() {
             self.sections.extend_from_slice(&self.head);
             infallible(write_bin(&mut self.sections, &self.rows));
+            if self.keeps_both {
+                self.sections.push(Marker::True.to_u8());
+            }
             self.section_count += 1;
         }
         self.head.clear();
@@ -245,14 +257,19 @@ impl Frame {
         let versions: std::rc::Rc<[Version]> = versions.into();
         let mut sections = Vec::new();
         for _ in 1..count {
-            if input.array()? != 4 {
-                return Err(WireError::Malformed("a section has four parts"));
+            let parts = input.array()?;
+            if parts != 4 && parts != 5 {
+                return Err(WireError::Malformed("a section has four or five parts"));
             }
             let table = input.name()?;
             let keys = input.names()?;
             let columns = input.names()?;
             let rows = Input(input.bytes()?);
-            sections.push(Section { table, keys, columns, versions: versions.clone(), rows });
+            let keeps_both = parts == 5;
+            if keeps_both && input.marker()? != Marker::True {
+                return Err(WireError::Malformed("a section's mark is true or not there"));
+            }
+            sections.push(Section { table, keys, columns, keeps_both, versions: versions.clone(), rows });
         }
         if !input.0.is_empty() {
             return Err(WireError::Malformed("bytes after the last section"));
@@ -269,6 +286,8 @@ pub struct Section<'a> {
     pub keys: Vec<&'a str>,
     /// The other columns that travel.
     pub columns: Vec<&'a str>,
+    /// Whether the keys are those that the rows' writers gave them (`core::rekey`).
+    pub keeps_both: bool,
     versions: std::rc::Rc<[Version]>,
     rows: Input<'a>,
 }
@@ -280,6 +299,8 @@ pub struct RowBuffer<'a> {
     pub key: Vec<ValueRef<'a>>,
     /// (index of the column in its section, version).
     pub columns: Vec<(u32, Version)>,
+    /// (index of the column in its section, birth of the row it refers to); of a dead row its successor's birth.
+    pub refs: Vec<(u32, Version)>,
     /// The values of the section's columns; empty if the row is dead.
     pub values: Vec<ValueRef<'a>>,
 }
@@ -292,11 +313,12 @@ impl<'a> Section<'a> {
     ) -> Result<Option<(Version, Option<Version>)>, WireError> {
         let Some((&flags, rest)) = self.rows.0.split_first() else { return Ok(None) };
         self.rows.0 = rest;
-        if flags & !(DEAD | BIRTH | COLUMNS) != 0 {
+        if flags & !(DEAD | BIRTH | COLUMNS | REFS) != 0 {
             return Err(WireError::Malformed("unknown flags on a row"));
         }
         row.key.clear();
         row.columns.clear();
+        row.refs.clear();
         row.values.clear();
         for _ in 0..self.keys.len() {
             row.key.push(self.rows.value()?);
@@ -304,14 +326,10 @@ impl<'a> Section<'a> {
         let birth = if flags & BIRTH != 0 { self.version()? } else { self.versions[0] };
         let dead = if flags & DEAD != 0 { Some(self.version()?) } else { None };
         if flags & COLUMNS != 0 {
-            for _ in 0..self.rows.uint()? {
-                let column = self.rows.uint()?;
-                if column >= self.columns.len() as u64 {
-                    return Err(WireError::Malformed("a column beyond the section's"));
-                }
-                let version = self.version()?;
-                row.columns.push((column as u32, version));
-            }
+            self.column_versions(&mut row.columns, self.columns.len())?;
+        }
+        if flags & REFS != 0 {
+            self.column_versions(&mut row.refs, self.columns.len().max(1))?;
         }
         if dead.is_none() {
             for _ in 0..self.columns.len() {
@@ -319,6 +337,18 @@ impl<'a> Section<'a> {
             }
         }
         Ok(Some((birth, dead)))
+    }
+
+    fn column_versions(&mut self, out: &mut Vec<(u32, Version)>, columns: usize) -> Result<(), WireError> {
+        for _ in 0..self.rows.uint()? {
+            let column = self.rows.uint()?;
+            if column >= columns as u64 {
+                return Err(WireError::Malformed("a column beyond the section's"));
+            }
+            let version = self.version()?;
+            out.push((column as u32, version));
+        }
+        Ok(())
     }
 
     fn version(&mut self) -> Result<Version, WireError> {

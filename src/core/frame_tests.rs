@@ -11,6 +11,7 @@ struct Flat {
     birth: Version,
     dead: Option<Version>,
     columns: Vec<(u32, Version)>,
+    refs: Vec<(u32, Version)>,
     values: Vec<Value>,
 }
 
@@ -32,23 +33,23 @@ fn value() -> impl Strategy<Value = Value> {
 
 fn flat() -> impl Strategy<Value = Flat> {
     let version = || (0u64..5, 1u64..4).prop_map(|(h, s)| at(h, s));
-    let columns = prop::collection::vec((0u32..3, version()), 0..3);
+    let columns = || prop::collection::vec((0u32..3, version()), 0..3);
     let values = prop::collection::vec(value(), 3);
     let key = prop::collection::vec(value(), 2);
-    (key, version(), prop::option::of(version()), columns, values).prop_map(
-        |(key, birth, dead, columns, values)| {
+    (key, version(), prop::option::of(version()), columns(), columns(), values).prop_map(
+        |(key, birth, dead, columns, refs, values)| {
             let values = if dead.is_some() { vec![] } else { values };
-            Flat { key, birth, dead, columns, values }
+            Flat { key, birth, dead, columns, refs, values }
         },
     )
 }
 
 fn encode(rows: &[Flat]) -> Vec<u8> {
     let mut writer = FrameWriter::new(at(1, 1));
-    writer.begin_section("empty", &["k"], &[]);
-    writer.begin_section("tä \"b\"", &["k1", "k2"], &["a", "b", "c"]);
+    writer.begin_section("empty", &["k"], &[], false);
+    writer.begin_section("tä \"b\"", &["k1", "k2"], &["a", "b", "c"], rows.len() % 2 == 1);
     for r in rows {
-        let versions = RowVersions { birth: r.birth, dead: r.dead, columns: &r.columns };
+        let versions = RowVersions { birth: r.birth, dead: r.dead, columns: &r.columns, refs: &r.refs };
         writer.row(r.key.iter().map(Value::as_ref), versions, r.values.iter().map(Value::as_ref));
     }
     writer.finish()
@@ -62,7 +63,7 @@ fn decode(bytes: &[u8]) -> Result<Vec<Flat>, WireError> {
         while let Some((birth, dead)) = section.next_row(&mut row)? {
             let own = |v: &[ValueRef<'_>]| v.iter().map(|v| v.to_value()).collect();
             let (key, values) = (own(&row.key), own(&row.values));
-            out.push(Flat { key, birth, dead, columns: row.columns.clone(), values });
+            out.push(Flat { key, birth, dead, columns: row.columns.clone(), refs: row.refs.clone(), values });
         }
     }
     Ok(out)

@@ -1,7 +1,7 @@
 //! The merge of two states of one row. Invariant: commutative, associative, idempotent; no clock, no I/O.
 //!
 //! 1. Different births: the later birth wins whole.
-//! 2. Same birth: dead wins (of two deaths the later version is kept).
+//! 2. Same birth: dead wins (of two deaths the later version is kept, and the later successor: `core::rekey`).
 //! 3. Both alive: column by column, the later version wins; equal versions with different values, which only a
 //!    fault can leave behind, are settled by the greater value.
 
@@ -61,7 +61,7 @@ pub fn merge(ours: &Row, theirs: &Row) -> Row {
     }
     let birth = ours.state.birth;
     if let Some(dead) = ours.state.dead.max(theirs.state.dead) {
-        let state = RowState { dead: Some(dead), ..RowState::born(birth) };
+        let state = RowState { dead: Some(dead), columns: graves(ours, theirs), ..RowState::born(birth) };
         return Row { state, values: BTreeMap::new() };
     }
     let mut merged = Row { state: RowState::born(birth), values: BTreeMap::new() };
@@ -76,6 +76,18 @@ pub fn merge(ours: &Row, theirs: &Row) -> Row {
         }
     }
     merged
+}
+
+/// What tombstones say besides their death: the latest of each. Columns of the living have no part in it.
+fn graves(ours: &Row, theirs: &Row) -> BTreeMap<ColumnId, Version> {
+    let mut columns = BTreeMap::new();
+    for row in [ours, theirs].into_iter().filter(|r| r.state.dead.is_some()) {
+        for (column, version) in &row.state.columns {
+            let latest = columns.entry(*column).or_insert(*version);
+            *latest = *version.max(latest);
+        }
+    }
+    columns
 }
 
 fn merge_column<'a>(ours: &'a Row, theirs: &'a Row, column: ColumnId) -> (Version, Option<&'a Value>) {
@@ -117,10 +129,9 @@ mod tests {
             |(birth, dead, mut columns, values)| {
                 columns.retain(|_, v| *v > birth);
                 match dead {
-                    Some(d) => Row {
-                        state: RowState { dead: Some(d), ..RowState::born(birth) },
-                        values: BTreeMap::new(),
-                    },
+                    Some(d) => {
+                        Row { state: RowState { birth, dead: Some(d), columns }, values: BTreeMap::new() }
+                    }
                     None => Row { state: RowState { birth, dead: None, columns }, values },
                 }
             },

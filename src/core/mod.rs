@@ -8,6 +8,7 @@ pub mod lint;
 pub mod merge;
 pub mod message;
 pub mod names;
+pub mod rekey;
 pub mod schema;
 pub mod skew;
 pub mod sqltext;

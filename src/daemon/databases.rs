@@ -155,8 +155,12 @@ impl Starter<'_> {
         drop(conn);
         let tables = self.config.tables.clone();
         let covers = move |table: &str| tables.covers(table);
-        Store::open(path, &self.state.spool(), Box::new(covers), self.config.schema)
-            .with_context(|| format!("{}", path.display()))
+        let context = || format!("{}", path.display());
+        let mut store = Store::open(path, &self.state.spool(), Box::new(covers), self.config.schema);
+        if let (Ok(store), Some(rekey)) = (&mut store, self.config.rekey.clone()) {
+            store.keep_both(Box::new(move |table| rekey.covers(table))).with_context(context)?;
+        }
+        store.with_context(context)
     }
 
     /// Whom to get the database from; `None` if this file is the first.

@@ -8,7 +8,7 @@ use super::plan::Plan;
 use super::rows::RowWriter;
 use super::store::Store;
 use super::{ReplicaError, Result};
-use crate::core::capture::{OP_DELETE, OP_INSERT, OP_SUSPECT, OP_UPDATE, PREFIX};
+use crate::core::capture::{OP_DELETE, OP_INSERT, OP_SUSPECT, OP_TWIN, OP_UPDATE, PREFIX};
 use crate::core::merge::{ColumnId, RowState};
 use crate::core::message::CommitHeader;
 use crate::core::schema::MASK_BITS;
@@ -62,6 +62,7 @@ impl Store {
                 self.absorb_mixed(&plan, version)?;
             }
         }
+        self.absorb_links(version, base)?;
         self.conn.prepare_cached("DELETE FROM __litemesh_log")?.execute([])?;
         self.unsettled = false;
         let (body, rows) = self.gather(version, base)?;
@@ -90,13 +91,15 @@ impl Store {
         Ok(tables)
     }
 
-    fn absorb_inserts(&mut self, plan: &Plan, version: Version, max_seq: i64) -> Result<()> {
+    fn absorb_inserts(&mut self, plan: &Arc<Plan>, version: Version, max_seq: i64) -> Result<()> {
         let site = self.sites.index(&self.conn, version.site)?;
         let params = (version.hlc.0 as i64, site, self.head.lsn, plan.table.id);
+        let used_again = self.used_again(plan)?;
         let mut statement = self.conn.prepare_cached(&plan.absorb_inserts)?;
         statement.execute(params)?;
         drop(statement);
         self.head.lsn += max_seq;
+        self.bury(plan, used_again, version)?;
         if plan.table.key.iter().any(|k| k.nullable) {
             self.count_null_keys(plan)?;
         }
@@ -112,11 +115,12 @@ impl Store {
         Ok(())
     }
 
-    fn absorb_mixed(&mut self, plan: &Plan, version: Version) -> Result<()> {
+    fn absorb_mixed(&mut self, plan: &Arc<Plan>, version: Version) -> Result<()> {
         let Self { conn, sites, head, .. } = self;
         let mut statement = conn.prepare_cached(&plan.log)?;
         let mut rows = statement.query([plan.table.id])?;
         let keys = plan.table.key.len();
+        let (base, mut used_again, mut twins) = (head.lsn, Vec::new(), Vec::new());
         while let Some(row) = rows.next()? {
             let key = (1..=keys).map(|i| get(row, i)).collect::<rusqlite::Result<Vec<_>>>()?;
             let op: i64 = row.get(0)?;
@@ -137,20 +141,31 @@ impl Store {
                 continue;
             }
             let before = sites.get(conn, plan, &key)?;
+            if let (OP_TWIN, [ValueRef::Int(place)]) = (op, &key[..]) {
+                twins.push(*place);
+            }
             let after = step(before.as_ref(), op, version, &columns()?);
             if let Some(after) = after.filter(|a| Some(a) != before.as_ref()) {
                 head.lsn += 1;
                 sites.put(conn, plan, &key, &after, head.lsn)?;
+                let before = before.filter(|b| b.birth != after.birth);
+                if let (Some(before), [ValueRef::Int(place)]) = (before, &key[..]) {
+                    used_again.push((*place, before));
+                }
             }
         }
-        Ok(())
+        drop(rows);
+        drop(statement);
+        self.bury(plan, used_again, version)?;
+        self.revive(plan, version, base)?;
+        self.absorb_twins(plan, &twins, version)
     }
 
     /// Reads every row whose state changed after `base` into a body.
     pub(super) fn gather(&mut self, version: Version, base: i64) -> Result<(Body, u64)> {
         let upto = self.head.lsn;
         let mut body = Body::new(&self.spool_dir);
-        let mut writer = RowWriter::new(version);
+        let mut writer = RowWriter::new(version, &self.links);
         let plans = self.plans.clone();
         for plan in plans.iter() {
             let mut wrong = Vec::new();

@@ -10,6 +10,7 @@ use super::body::Body;
 use super::conflict::losses;
 use super::plan::Plan;
 use super::registry::from_wire;
+use super::rekey::Link;
 use super::schema::{Kind as ObjectKind, ObjectKey, Recorded, recorded_one};
 use super::store::Store;
 use super::{ReplicaError, Result};
@@ -58,6 +59,7 @@ struct Target {
     /// Section column -> place in the table's columns; none for a column that was dropped here.
     places: Vec<Option<usize>>,
     insert: String,
+    link: Option<Arc<Link>>,
 }
 
 impl Store {
@@ -122,6 +124,7 @@ impl Store {
                 }
             }
         }
+        self.follow_moves(&mut deferred)?;
         self.place_deferred(deferred)?;
         Ok(rows)
     }
@@ -157,11 +160,15 @@ impl Store {
             let (here, there) = (here().collect::<Vec<_>>().join(", "), section.keys.join(", "));
             return Err(ReplicaError::OtherKey { table: plan.table.name.clone(), here, there });
         }
+        let link = self.links.get(&plan.table.id).cloned();
+        if section.keeps_both != link.as_ref().is_some_and(|l| l.keeps_both) {
+            return Err(ReplicaError::OtherRekey(plan.table.name.clone()));
+        }
         let place = |column: &&str| self.find_column(&plan, name, column);
         let places = section.columns.iter().map(place).collect::<Result<Vec<_>>>()?;
         let known: Vec<usize> = places.iter().copied().flatten().collect();
         let insert = plan.insert_row(&known);
-        Ok(Some(Target { plan, places, insert }))
+        Ok(Some(Target { plan, places, insert, link }))
     }
 
     /// The table that a peer's name means, which may have been renamed here since; `None` if it was dropped.
@@ -227,11 +234,16 @@ impl Store {
         while let Some(versions) = section.next_row(&mut row)? {
             rows += 1;
             let Some(target) = &target else { continue };
-            let fresh = whole && versions.1.is_none() && row.columns.is_empty();
+            let fresh = whole && versions.1.is_none() && row.columns.is_empty() && row.refs.is_empty();
             if fresh && self.insert_fresh(target, versions.0, &row)? {
                 continue;
             }
             let theirs = incoming(&target.plan, &target.places, versions, &row);
+            if let Some(link) = &target.link {
+                let theirs = link.incoming(theirs, &target.places, &row);
+                self.take_linked((&target.plan, link), &row.key, theirs, they_saw, deferred)?;
+                continue;
+            }
             self.merge_row(&target.plan, &row.key, &theirs, they_saw, deferred)?;
         }
         Ok(rows)

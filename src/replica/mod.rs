@@ -16,6 +16,7 @@ pub mod materialize;
 pub mod page;
 pub mod plan;
 pub mod registry;
+pub mod rekey;
 pub mod repair;
 pub mod restamp;
 pub mod rows;
@@ -110,6 +111,12 @@ pub enum ReplicaError {
     /// A file's clock went on while rows were to be written again with an earlier one.
     #[error("the file's clock has passed the time that was set for the repair: run it again")]
     ClockPassed,
+    /// The sender keeps both rows of an id collision in this table and this node does not, or the other way round.
+    #[error(
+        "table {0:?} keeps both rows of an id collision on one side only: set rekey alike on all nodes and restart \
+         them; its rows wait until then"
+    )]
+    OtherRekey(String),
     /// The file belongs to something else.
     #[error("{0}")]
     Unfit(String),

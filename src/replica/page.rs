@@ -134,7 +134,7 @@ impl Store {
     /// Reads the rows in a range of lsn that the asker lacks; with `bounded`, gives up when they are too many bytes.
     fn read_range(&mut self, ask: &SyncRequest, range: (i64, i64), bounded: bool) -> Result<(Body, bool)> {
         let mut body = Body::new(&self.spool_dir);
-        let mut writer = RowWriter::new(Version::ZERO);
+        let mut writer = RowWriter::new(Version::ZERO, &self.links);
         let mut whole = true;
         for plan in self.plans.clone() {
             let Self { conn, sites, .. } = self;

@@ -94,7 +94,9 @@ pub fn forget_table(conn: &Connection, id: i64) -> Result<()> {
     // The row stays, under a name that no table can have: numbers are not given twice.
     let sql = "UPDATE __litemesh_table SET name = char(0) || id WHERE id = ?1";
     conn.execute(sql, [id])?;
-    conn.execute_batch(&format!("DROP TABLE IF EXISTS {PREFIX}state_{id}"))?;
+    for what in ["state", "moved", "refs"] {
+        conn.execute_batch(&format!("DROP TABLE IF EXISTS {PREFIX}{what}_{id}"))?;
+    }
     conn.execute("DELETE FROM __litemesh_column WHERE tbl = ?1", [id])?;
     let sql = "SELECT name FROM sqlite_schema WHERE type = 'trigger' AND substr(name, 1, length(?1)) = ?1";
     let mut statement = conn.prepare(sql)?;

@@ -4,12 +4,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use super::Result;
 use super::absorb::OwnCommit;
 use super::adopt::become_site;
 use super::engine::{Action, Engine};
 use super::plan::Plan;
 use super::store::Store;
+use super::{ReplicaError, Result};
 use crate::core::capture::state_table;
 use crate::core::merge::RowState;
 use crate::core::message::Message;
@@ -59,6 +59,11 @@ impl Store {
             store.absorb_pending()?;
             if store.head.hlc <= bound {
                 return Ok(None);
+            }
+            if !store.links.is_empty() {
+                let why = "it has tables that keep both rows of an id collision, whose rows are known by the date \
+                           of their insert: what a wrong clock dated waits until that date";
+                return Err(ReplicaError::Unfit(format!("the file cannot be dated anew: {why}")));
             }
             let base = store.head.lsn;
             let mut latest = BTreeMap::new();

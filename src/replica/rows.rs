@@ -7,6 +7,7 @@ use rusqlite::Connection;
 use super::Result;
 use super::body::Body;
 use super::plan::Plan;
+use super::rekey::Links;
 use super::shadow::Sites;
 use crate::core::capture::SCHEMA;
 use crate::core::frame::{FrameWriter, RowVersions};
@@ -28,6 +29,10 @@ pub struct ChangedRow<'r> {
     pub present: bool,
     /// Its values, if it is there.
     pub values: Vec<ValueRef<'r>>,
+    /// The id that its writer gave it, if it is shown under another.
+    pub origin: Option<i64>,
+    /// Place of a column and birth of the row it refers to, as [`RowVersions::refs`].
+    pub refs: Vec<(u32, Version)>,
     plan: &'r Plan,
 }
 
@@ -38,12 +43,14 @@ pub struct RowWriter {
     section: Option<i64>,
     rows: u64,
     columns: Vec<(u32, Version)>,
+    links: Arc<Links>,
 }
 
 impl RowWriter {
     /// A writer for rows most of which were born at `default`.
-    pub fn new(default: Version) -> Self {
-        Self { default, frame: FrameWriter::new(default), section: None, rows: 0, columns: Vec::new() }
+    pub(super) fn new(default: Version, links: &Arc<Links>) -> Self {
+        let (frame, columns, links) = (FrameWriter::new(default), Vec::new(), links.clone());
+        Self { default, frame, section: None, rows: 0, columns, links }
     }
 
     /// Rows written so far.
@@ -63,6 +70,7 @@ impl RowWriter {
         let mut statement = conn.prepare_cached(&plan.changed)?;
         let mut rows = statement.query(range)?;
         let (keys, columns) = (plan.table.key.len(), plan.table.columns.len());
+        let link = self.links.get(&plan.table.id).cloned();
         while let Some(row) = rows.next()? {
             let present: bool = row.get(keys + 5)?;
             let state = sites.read_state(row, keys)?;
@@ -71,7 +79,11 @@ impl RowWriter {
             let from = keys * 2 + 6;
             let values = if present { from..from + columns } else { 0..0 };
             let values = values.map(|i| get(row, i)).collect::<rusqlite::Result<_>>()?;
-            visit(self, &mut ChangedRow { key, state, present, values, plan })?;
+            let mut row = ChangedRow { key, state, present, values, origin: None, refs: Vec::new(), plan };
+            if let Some(link) = &link {
+                link.tell(conn, sites, &mut row)?;
+            }
+            visit(self, &mut row)?;
         }
         Ok(())
     }
@@ -82,7 +94,8 @@ impl RowWriter {
         if self.section != Some(table.id) {
             let keys: Vec<&str> = table.key.iter().map(|k| k.name.as_str()).collect();
             let columns: Vec<&str> = row.plan.wire_columns.iter().map(String::as_str).collect();
-            self.frame.begin_section(&row.plan.wire_name, &keys, &columns);
+            let keeps_both = self.links.get(&table.id).is_some_and(|l| l.keeps_both);
+            self.frame.begin_section(&row.plan.wire_name, &keys, &columns, keeps_both);
             self.section = Some(table.id);
             if table.name == SCHEMA {
                 self.frame.mark_schema();
@@ -94,9 +107,12 @@ impl RowWriter {
                 self.columns.push((place as u32, *version));
             }
         }
-        let versions = RowVersions { birth: row.state.birth, dead: row.state.dead, columns: &self.columns };
+        let (birth, dead) = (row.state.birth, row.state.dead);
+        let versions = RowVersions { birth, dead, columns: &self.columns, refs: &row.refs };
         let values = if row.state.dead.is_some() { &[][..] } else { &row.values[..] };
-        self.frame.row(row.key.iter().copied(), versions, values.iter().copied());
+        let origin = row.origin.map(ValueRef::Int);
+        let key = row.key.iter().copied().map(|k| origin.unwrap_or(k));
+        self.frame.row(key, versions, values.iter().copied());
         self.rows += 1;
     }
 

@@ -48,7 +48,7 @@ impl Sites {
         Ok(index)
     }
 
-    fn site(&self, index: i64) -> rusqlite::Result<SiteId> {
+    pub(super) fn site(&self, index: i64) -> rusqlite::Result<SiteId> {
         let unknown = || rusqlite::Error::IntegralValueOutOfRange(0, index);
         self.by_index.get(&index).copied().ok_or_else(unknown)
     }
@@ -125,7 +125,7 @@ impl Sites {
     }
 }
 
-fn write_varint(out: &mut Vec<u8>, mut n: u64) {
+pub(super) fn write_varint(out: &mut Vec<u8>, mut n: u64) {
     while n >= 0x80 {
         out.push(n as u8 | 0x80);
         n >>= 7;
@@ -133,7 +133,7 @@ fn write_varint(out: &mut Vec<u8>, mut n: u64) {
     out.push(n as u8);
 }
 
-fn read_varint(bytes: &mut &[u8]) -> Option<u64> {
+pub(super) fn read_varint(bytes: &mut &[u8]) -> Option<u64> {
     let mut n = 0u64;
     for shift in (0..63).step_by(7) {
         let (first, rest) = bytes.split_first()?;

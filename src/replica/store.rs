@@ -9,6 +9,7 @@ use rusqlite::{Connection, OptionalExtension};
 
 use super::adopt::{self, Cause};
 use super::plan::Plan;
+use super::rekey::{self, Links, Moves};
 use super::schema::{Kind, ObjectKey};
 use super::shadow::Sites;
 use super::{ReplicaError, Result};
@@ -41,6 +42,12 @@ pub struct Store {
     pub(super) unsettled: bool,
     /// The mesh's clock, and how far beyond it a write may be dated.
     pub(super) dates: Option<(u64, u64)>,
+    /// Which tables the configuration wants to keep both rows of an id collision.
+    pub(super) keep_both: Option<TableFilter>,
+    /// What that means for each table.
+    pub(super) links: Arc<Links>,
+    /// What moved in the transaction at hand.
+    pub(super) moves: Moves,
 }
 
 /// Whether a table of this name is replicated.
@@ -93,6 +100,9 @@ impl Store {
             user_version: 0,
             unsettled: false,
             dates: None,
+            keep_both: None,
+            links: Arc::default(),
+            moves: Moves::new(),
         };
         store.write(Self::refresh_schema)?;
         Ok(store)
@@ -159,6 +169,7 @@ impl Store {
             }
             self.head = load_head(&self.conn)?;
             self.sites = Sites::load(&self.conn)?;
+            self.moves.clear();
             // The schema is read again by the next transaction.
             self.schema_version = -1;
             self.unsettled = false;
@@ -208,6 +219,7 @@ impl Store {
     }
 
     fn note_schema(&mut self) -> Result<()> {
+        rekey::refresh(self)?;
         (self.schema_version, self.user_version) = self.schema_numbers()?;
         Ok(())
     }

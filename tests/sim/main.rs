@@ -6,6 +6,9 @@
 mod clocks;
 mod compare;
 mod ddl;
+mod rekey_model;
+mod rekey_oracle;
+mod rekey_scripted;
 mod scripted;
 mod world;
 
@@ -55,4 +58,54 @@ fn nodes_converge_with_clocks_an_hour_off_that_jump() {
         jumps: 0.02,
         ..Options::storm()
     });
+}
+#[test]
+fn tables_that_keep_both_lose_nothing_and_confuse_nobody() {
+    run("rekey", 60, |seed| {
+        let kind = if seed % 3 == 0 { Options::calm() } else { Options::storm() };
+        Options { nodes: 2 + (seed % 4) as usize, rekey: true, oracle: true, ..kind }
+    });
+}
+
+#[test]
+fn tables_that_keep_both_converge_with_unique_constraints_and_equal_rows() {
+    run("rekey unique", 40, |seed| {
+        let nodes = 2 + (seed % 3) as usize;
+        Options { nodes, uniques: seed % 2 == 0, rekey: true, ..Options::storm() }
+    });
+}
+
+fn rekey_model(seed: u64, flaw: rekey_model::Flaw) -> Result<(), String> {
+    let options = rekey_model::Options {
+        nodes: 2 + (seed % 4) as usize,
+        steps: 40 + (seed % 5) as usize * 30,
+        drop: [0.0, 0.2, 0.5][(seed % 3) as usize],
+        flaw,
+    };
+    rekey_model::Model::new(seed, options).run()
+}
+
+#[test]
+fn rekey_keeps_every_row_in_the_model() {
+    for seed in seeds(2_000) {
+        if let Err(what) = rekey_model(seed, rekey_model::Flaw::None) {
+            panic!("LITEMESH_SIM_SEED={seed}: {what}");
+        }
+    }
+}
+
+#[test]
+fn rekey_needs_each_of_its_rules_in_the_model() {
+    use rekey_model::Flaw;
+    for (flaw, complaint) in [
+        (Flaw::ForgetReplaced, "is back"),
+        (Flaw::ForgetOnReuse, "is back"),
+        (Flaw::ForgetOnArrival, "is back"),
+        (Flaw::DropDeadLosers, "is back"),
+        (Flaw::DropLosers, "0 times"),
+    ] {
+        let complaints: Vec<String> = (0..400).filter_map(|seed| rekey_model(seed, flaw).err()).collect();
+        println!("{flaw:?}: {} of 400 histories end wrong", complaints.len());
+        assert!(complaints.iter().any(|c| c.contains(complaint)), "{flaw:?}: {complaints:?}");
+    }
 }

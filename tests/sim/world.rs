@@ -17,6 +17,8 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use rusqlite::Connection;
 
+use super::rekey_oracle::{self, Oracle};
+
 const SCHEMA: &str = "
     CREATE TABLE item(id INTEGER PRIMARY KEY, a, b TEXT, c REAL);
     CREATE TABLE pair(x TEXT COLLATE NOCASE, y INT, v, PRIMARY KEY(x, y)) WITHOUT ROWID;
@@ -42,6 +44,10 @@ pub struct Options {
     pub skew_ms: i64,
     /// Probability, in each step, that a clock is set to something else.
     pub jumps: f64,
+    /// Tables keep both rows of an id collision where they can.
+    pub rekey: bool,
+    /// Only such tables, watched by an oracle.
+    pub oracle: bool,
 }
 
 impl Options {
@@ -57,6 +63,8 @@ impl Options {
             ddl: false,
             skew_ms: 20_000,
             jumps: 0.0,
+            rekey: false,
+            oracle: false,
         }
     }
 
@@ -72,6 +80,8 @@ impl Options {
             ddl: false,
             skew_ms: 20_000,
             jumps: 0.0,
+            rekey: false,
+            oracle: false,
         }
     }
 }
@@ -123,6 +133,7 @@ pub struct World {
     next_id: u64,
     /// Keys that one node alone ever inserted and nobody deletes.
     acknowledged: BTreeSet<String>,
+    oracle: Option<Oracle>,
 }
 
 fn db() -> DbName {
@@ -145,6 +156,7 @@ impl World {
             next_hello_ms: 0,
             next_id: 0,
             acknowledged: BTreeSet::new(),
+            oracle: options.oracle.then(Oracle::new),
         };
         for i in 0..options.nodes {
             world.add_node(i);
@@ -155,10 +167,14 @@ impl World {
     fn add_node(&mut self, i: usize) {
         let name: NodeName = format!("n{i}").parse().unwrap();
         let run = format!("{}-{:?}", self.seed, std::thread::current().id());
-        let uri = format!("file:sim-{run}-{}-{i}?mode=memory&cache=shared", self.options.uniques);
+        let uri = format!(
+            "file:sim-{run}-{}-{}-{i}?mode=memory&cache=shared",
+            self.options.uniques, self.options.rekey
+        );
         let app = Connection::open(&uri).unwrap();
         app.execute_batch("PRAGMA trusted_schema = OFF").unwrap();
-        app.execute_batch(SCHEMA).unwrap();
+        app.execute_batch(if self.options.oracle { rekey_oracle::SCHEMA } else { SCHEMA }).unwrap();
+        app.pragma_update(None, "foreign_keys", self.options.oracle && self.seed % 4 == 0).unwrap();
         if self.options.uniques {
             app.execute_batch(UNIQUE).unwrap();
         }
@@ -176,13 +192,16 @@ impl World {
     }
 
     fn start(&mut self, i: usize) {
-        let store = Store::with_connection(
+        let mut store = Store::with_connection(
             Connection::open(&self.nodes[i].uri).unwrap(),
             &spool(),
             Box::new(|_| true),
             Default::default(),
         )
         .unwrap();
+        if self.options.rekey {
+            store.keep_both(Box::new(|_| true)).unwrap();
+        }
         self.nodes[i].engine = Some(Engine::new(db(), store, &spool()));
         self.nodes[i].messages = MessageAssembler::default();
         let name = self.nodes[i].name.clone();
@@ -200,6 +219,11 @@ impl World {
             self.step();
         }
         self.settle_down();
+        for node in &mut self.nodes {
+            let engine = node.engine.as_mut().unwrap();
+            let stale = engine.store_mut().stale_references().unwrap();
+            assert!(stale.is_empty(), "seed {} {}: {stale:?}", self.seed, node.name);
+        }
         self.check();
     }
 
@@ -277,6 +301,9 @@ impl World {
 
     /// One application transaction of a few statements, some of them rolled back.
     fn write(&mut self, i: usize) {
+        if let Some(oracle) = &mut self.oracle {
+            return oracle.write(&mut self.random, &self.nodes[i].app);
+        }
         let statements = self.random.random_range(1..5);
         let mut fresh = Vec::new();
         self.nodes[i].app.execute_batch("BEGIN").unwrap();
@@ -452,8 +479,19 @@ impl World {
             let got = self.dump(i);
             assert!(expected.keys().eq(got.keys()), "seed {}: the tables on node {i}", self.seed);
             for (table, rows) in &expected {
-                assert_eq!(rows, &got[table], "seed {}: table {table} on node {i}", self.seed);
+                let (ours, theirs): (BTreeSet<_>, BTreeSet<_>) =
+                    (rows.iter().collect(), got[table].iter().collect());
+                let (only_0, only_i): (Vec<_>, Vec<_>) =
+                    (ours.difference(&theirs).collect(), theirs.difference(&ours).collect());
+                assert_eq!(only_0, only_i, "seed {}: table {table} on nodes 0 and {i}", self.seed);
+                assert_eq!(rows.len(), got[table].len(), "seed {}: table {table} on node {i}", self.seed);
             }
+        }
+        if let Some(oracle) = &self.oracle {
+            if let Err(what) = oracle.check(&self.nodes[0].app) {
+                panic!("seed {}: {what}", self.seed);
+            }
+            return;
         }
         let mine: BTreeSet<&str> =
             expected["mine(id,n)"].iter().map(|r| r.split('|').next().unwrap()).collect();

@@ -241,8 +241,8 @@ fn auto_key(table: &Table) -> Finding {
         "Two nodes that insert at once may get the same id: the insert with the later birth wins whole, and the \
          other row is kept as a conflict. Rows equal in all columns are one row."
             .into(),
-        "Where several nodes insert, assign random keys: UUID text, or a random 63-bit integer. Where only one \
-         node inserts, nothing needs to change."
+        "Where several nodes insert, assign random keys (UUID text, or a random 63-bit integer), or have both rows \
+         kept: `up --rekey`. Where only one node inserts, nothing needs to change."
             .into(),
     ])
 }
