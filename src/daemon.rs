@@ -84,6 +84,7 @@ pub async fn run(config: Config, started: impl FnOnce(&Started)) -> Result<()> {
     if let Some(every) = config.verify_every {
         tasks.spawn(router.clone().keep_verifying(every));
     }
+    tasks.spawn(router.clone().keep_rechecking());
     let (detach, detaching) = mpsc::channel(4);
     let (restamp, restamping) = mpsc::channel(4);
     let contact = Contact::publish(state.dir(), page)?;

@@ -4,6 +4,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tracing::{debug, info};
+
 use super::divergence::key_json;
 use super::router::Router;
 use super::verify::{Duty, RemotePeer, Speed, open_reader};
@@ -26,6 +28,9 @@ const NAMED: usize = 1_000;
 /// How often a node at work says so, and how long to wait for such a sign.
 const SIGN_EVERY: Duration = Duration::from_secs(3);
 const SIGN_PATIENCE: Duration = Duration::from_secs(60);
+
+/// How often to look for tables that were rebuilt.
+const RECHECK_EVERY: Duration = Duration::from_secs(2);
 
 struct Repair<'a> {
     worker: &'a WorkerHandle,
@@ -166,6 +171,47 @@ impl Router {
             repair.done.not_compared.extend(left_out.map(|why| format!("with node {node}: {why}")));
         }
         Ok(repair.done)
+    }
+
+    /// Compares tables that an application rebuilt: for as long as that took they had no triggers, and what was written
+    /// to them is told to the others now.
+    pub async fn keep_rechecking(self: Arc<Self>) {
+        loop {
+            tokio::time::sleep(RECHECK_EVERY).await;
+            for db in self.databases() {
+                let router = self.clone();
+                // It ends early when the node does.
+                drop(tokio::task::spawn_blocking(move || router.recheck(&db)).await);
+            }
+        }
+    }
+
+    fn recheck(self: &Arc<Self>, db: &DbName) {
+        let Some(worker) = self.worker(db) else { return };
+        let Some(Ok(tables)) = worker.call(|e| e.store().rebuilt_tables()) else { return };
+        for table in tables {
+            if self.partners(db).live.is_empty() {
+                return;
+            }
+            let result = {
+                let _alone = self.verifier.alone();
+                self.write_again(db, Some(&table), false)
+            };
+            match result {
+                // A peer that does not have the table's new form yet is compared later.
+                Ok(done) if done.left > 0 || done.not_compared.iter().any(|n| n.starts_with("with node")) => {
+                }
+                Ok(done) => {
+                    let forgotten =
+                        worker.call(move |e| e.store_mut().forget_rebuilt(&table).map(|()| table));
+                    if let Some(Ok(table)) = forgotten.filter(|_| done.repaired > 0) {
+                        let rows = done.repaired;
+                        info!(db = %db, "{rows} rows of table {table:?} had changed while it was rebuilt: they are told now");
+                    }
+                }
+                Err(why) => debug!(db = %db, "table {table:?} is compared later: {why}"),
+            }
+        }
     }
 
     /// Makes the rows of `from` those of all nodes, wherever that is. Blocks.

@@ -108,6 +108,7 @@ pub(super) fn refresh(store: &mut Store, cause: Cause) -> Result<()> {
             log_new_columns(&store.conn, &table, &registration.new_columns)?;
             if !had_triggers {
                 log_difference(&store.conn, &table)?;
+                store.note_rebuilt(&table.name)?;
                 store.notes.push(rebuilt(&table));
             }
         }
@@ -127,8 +128,8 @@ pub(super) fn refresh(store: &mut Store, cause: Cause) -> Result<()> {
 
 fn rebuilt(table: &Table) -> String {
     format!(
-        "table {:?} was rebuilt by the application: capture is back; a row that was changed in between is not known \
-         to peers until it is changed again",
+        "table {:?} was rebuilt by the application: capture is back; what was changed in between is found by comparing \
+         it with a peer",
         table.name
     )
 }

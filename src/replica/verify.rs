@@ -34,6 +34,9 @@ const QUIET_TRIES: u32 = 50;
 /// How long to wait before the next try.
 const QUIET_PAUSE: Duration = Duration::from_millis(2);
 
+/// Where a file keeps the tables that are to be compared.
+const REBUILT: &str = "rebuilt";
+
 /// The file's owner, as a reader of it sees it: the only one who writes.
 pub trait Owner {
     /// The replicated tables, and the schema's version when they were read.
@@ -324,6 +327,31 @@ impl Store {
     /// The schema's version when the tables were read last.
     pub fn schema_version(&self) -> i64 {
         self.schema_version
+    }
+
+    /// Tables that were without triggers for a while, and have not been compared with a peer since.
+    pub fn rebuilt_tables(&self) -> Result<Vec<String>> {
+        let kept: Option<String> = Self::meta(&self.conn, REBUILT)?;
+        Ok(kept.and_then(|k| serde_json::from_str(&k).ok()).unwrap_or_default())
+    }
+
+    /// A table was without triggers for a while. Within a transaction.
+    pub(super) fn note_rebuilt(&self, table: &str) -> Result<()> {
+        let mut tables = self.rebuilt_tables()?;
+        if !tables.iter().any(|t| t.eq_ignore_ascii_case(table)) {
+            tables.push(table.to_owned());
+            Self::set_meta(&self.conn, REBUILT, serde_json::json!(tables).to_string())?;
+        }
+        Ok(())
+    }
+
+    /// A table was compared, and what had changed in it was told.
+    pub fn forget_rebuilt(&mut self, table: &str) -> Result<()> {
+        self.write(|store| {
+            let mut tables = store.rebuilt_tables()?;
+            tables.retain(|t| !t.eq_ignore_ascii_case(table));
+            Ok(Self::set_meta(&store.conn, REBUILT, serde_json::json!(tables).to_string())?)
+        })
     }
 
     /// Puts back triggers that were taken away in a way that leaves the schema's version as it was

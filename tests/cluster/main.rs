@@ -5,5 +5,6 @@ mod support;
 
 mod crash;
 mod join;
+mod rebuild;
 mod shapes;
 mod whole;

@@ -183,6 +183,12 @@ impl Node {
         self.app(file).execute_batch(sql).unwrap_or_else(|e| panic!("{}: {sql}: {e}", self.name));
     }
 
+    /// The one value that a query gives, as text.
+    pub fn text(&self, file: &str, sql: &str) -> String {
+        let text = |r: &rusqlite::Row<'_>| r.get::<_, Option<String>>(0);
+        self.app(file).query_row(sql, [], text).unwrap().unwrap_or_default()
+    }
+
     /// Another command against this node.
     pub fn run(&self, args: &[&str]) -> Output {
         let mut command = litemesh();
