@@ -62,7 +62,7 @@ fn nodes_converge_with_clocks_an_hour_off_that_jump() {
 #[test]
 fn tables_that_keep_both_lose_nothing_and_confuse_nobody() {
     run("rekey", 60, |seed| {
-        let kind = if seed % 3 == 0 { Options::calm() } else { Options::storm() };
+        let kind = if seed.is_multiple_of(3) { Options::calm() } else { Options::storm() };
         Options { nodes: 2 + (seed % 4) as usize, rekey: true, oracle: true, ..kind }
     });
 }
@@ -71,7 +71,7 @@ fn tables_that_keep_both_lose_nothing_and_confuse_nobody() {
 fn tables_that_keep_both_converge_with_unique_constraints_and_equal_rows() {
     run("rekey unique", 40, |seed| {
         let nodes = 2 + (seed % 3) as usize;
-        Options { nodes, uniques: seed % 2 == 0, rekey: true, ..Options::storm() }
+        Options { nodes, uniques: seed.is_multiple_of(2), rekey: true, ..Options::storm() }
     });
 }
 

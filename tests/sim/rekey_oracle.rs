@@ -90,12 +90,9 @@ impl Oracle {
                 app.execute(&format!("INSERT {insert}"), (fresh, uid, parent, meant))?;
                 self.made.insert((t, uid));
             }
-            (6, _) => {
-                // A key that two nodes give to a row of a table that does not keep both: one of them is lost.
-                if t < 3 {
-                    app.execute(&format!("INSERT {insert}"), (key(small), uid, parent, meant))?;
-                    self.made.insert((t, uid));
-                }
+            (6, _) if t < 3 => {
+                app.execute(&format!("INSERT {insert}"), (key(small), uid, parent, meant))?;
+                self.made.insert((t, uid));
             }
             (7, Some((id, old))) if t < 3 => {
                 app.execute(&format!("INSERT OR REPLACE {insert}"), (id, uid, parent, meant))?;

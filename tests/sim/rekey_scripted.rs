@@ -167,7 +167,7 @@ fn equal_rows_are_one_row_to_which_all_children_belong() {
 
 #[test]
 fn a_node_that_says_otherwise_takes_nothing_in_and_says_so() {
-    let mut all = vec![site("differs", 1, SCHEMA, true), site("differs", 2, SCHEMA, false)];
+    let mut all = [site("differs", 1, SCHEMA, true), site("differs", 2, SCHEMA, false)];
     let ids = (all[0].site(), all[1].site());
     let theirs = all[0].write("INSERT INTO orders(who) VALUES('ann')");
     let ours = all[1].write("INSERT INTO orders(who) VALUES('bob')");

@@ -174,7 +174,7 @@ impl World {
         let app = Connection::open(&uri).unwrap();
         app.execute_batch("PRAGMA trusted_schema = OFF").unwrap();
         app.execute_batch(if self.options.oracle { rekey_oracle::SCHEMA } else { SCHEMA }).unwrap();
-        app.pragma_update(None, "foreign_keys", self.options.oracle && self.seed % 4 == 0).unwrap();
+        app.pragma_update(None, "foreign_keys", self.options.oracle && self.seed.is_multiple_of(4)).unwrap();
         if self.options.uniques {
             app.execute_batch(UNIQUE).unwrap();
         }
