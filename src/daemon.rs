@@ -79,11 +79,7 @@ pub async fn run(config: Config, started: impl FnOnce(&Started)) -> Result<()> {
     tasks.spawn(router.clone().keep_saying_hello());
     let observer = Observer::new(&config, state.dir(), fabric.clone(), router.clone());
     tasks.spawn(observer.clone().run());
-    let members = fabric.clone();
-    router.verifier.know_members(move || members.members());
-    if let Some(every) = config.verify_every {
-        tasks.spawn(router.clone().keep_verifying(every));
-    }
+    keep_verifying(&config, &fabric, &router, &mut tasks);
     tasks.spawn(router.clone().keep_rechecking());
     let (detach, detaching) = mpsc::channel(4);
     let (restamp, restamping) = mpsc::channel(4);
@@ -131,6 +127,14 @@ pub async fn run(config: Config, started: impl FnOnce(&Started)) -> Result<()> {
 async fn serve_page(listener: TcpListener, routes: axum::Router) {
     if let Err(e) = axum::serve(listener, routes).await {
         warn!("the status page has ended: {e}");
+    }
+}
+
+fn keep_verifying(config: &Config, fabric: &Arc<Fabric>, router: &Arc<Router>, tasks: &mut JoinSet<()>) {
+    let members = fabric.clone();
+    router.verifier.know_members(move || members.members());
+    if let Some(every) = config.verify_every {
+        tasks.spawn(router.clone().keep_verifying(every));
     }
 }
 

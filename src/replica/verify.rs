@@ -66,6 +66,9 @@ pub struct Part {
     pub end: Option<Key>,
 }
 
+/// Rows by key, and where they end if there may be more in the range.
+pub type Listed = (Vec<(Key, Hash)>, Option<Key>);
+
 /// Reads ranges of tables, through a connection of its own.
 pub struct Reader {
     conn: Connection,
@@ -119,12 +122,7 @@ impl Reader {
     }
 
     /// The first rows of a range, and where they end if that is not the range's own end.
-    pub fn list(
-        &mut self,
-        owner: &dyn Owner,
-        range: &Range,
-        limit: usize,
-    ) -> Result<(Vec<(Key, Hash)>, Option<Key>)> {
+    pub fn list(&mut self, owner: &dyn Owner, range: &Range, limit: usize) -> Result<Listed> {
         let mut rows = Vec::new();
         let end = self.read(owner, range, limit, |key, hash| {
             rows.push((key.iter().map(|k| Cell::from(*k)).collect(), hash));

@@ -195,8 +195,10 @@ fn dates_that_all_took_in_hold_up_nobody_and_are_freed_node_by_node() {
     b.engine.redate(SiteId(12), START_MS).unwrap();
     for step in 0..6 {
         let at_ms = START_MS + step * 1_000;
-        (a.engine.greet(&b.name), b.engine.greet(&a.name));
-        (a.settle(at_ms), b.settle(at_ms));
+        a.engine.greet(&b.name);
+        b.engine.greet(&a.name);
+        a.settle(at_ms);
+        b.settle(at_ms);
         talk(&mut a, &mut b, at_ms);
     }
     assert_eq!((a.rows(), b.rows()), ("1=b".to_owned(), "1=b".to_owned()));
@@ -272,7 +274,8 @@ fn a_repair_undoes_no_write_that_is_under_way_or_comes_later() {
     let repair = a.commits.pop().unwrap();
     a.take(b.site(), &later);
     b.take(a.site(), &repair);
-    (a.settle(START_MS), b.settle(START_MS));
+    a.settle(START_MS);
+    b.settle(START_MS);
     assert_eq!((a.rows(), b.rows()), ("1=later".to_owned(), "1=later".to_owned()));
     // A file whose clock has gone on asks again.
     assert!(a.engine.restamp(&order).is_err());
