@@ -1,7 +1,7 @@
 //! A node whose clock is an hour ahead: nobody waits while others are there to tell; what it dated alone waits, and
 //! `repair --restamp` frees it.
 
-use crate::support::{Node, dump, wait_equal, wait_for};
+use crate::support::{Node, wait_equal, wait_for};
 
 const SCHEMA: &str = "CREATE TABLE t(id INTEGER PRIMARY KEY, v); INSERT INTO t VALUES(0, 'adopted')";
 const HOUR_MS: &str = "3600000";
@@ -15,7 +15,7 @@ fn write_an_hour_ahead(node: &Node, sql: &str) {
 }
 
 fn has(node: &Node, row: &str) -> bool {
-    dump(&node.file("app.db")).iter().any(|l| l.contains(row))
+    node.app("app.db").prepare("SELECT 1 FROM t WHERE v = ?1").unwrap().exists([row]).unwrap()
 }
 
 fn warns(node: &Node, parts: &[&str]) -> bool {
