@@ -8,7 +8,7 @@ use clap::builder::styling::{AnsiColor, Styles};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::config::duration::parse_duration;
-use crate::config::raw::Raw;
+use crate::config::raw::{Number, Raw};
 
 const STYLES: Styles = Styles::styled()
     .header(AnsiColor::Green.on_default().bold())
@@ -196,6 +196,12 @@ pub struct UpArgs {
     /// several times).
     #[arg(long, value_name = "TABLE_GLOB")]
     pub rekey: Vec<String>,
+    /// How long writes that lost are kept, such as 30d or 12h [default: 90d].
+    #[arg(long, value_name = "TIME")]
+    pub conflicts_age: Option<String>,
+    /// How many of them are kept, of each database [default: 10000].
+    #[arg(long, value_name = "COUNT")]
+    pub conflicts_max: Option<String>,
     /// What to log: error, warn, info, debug, trace, or filters of single modules [default:
     /// info,nats=warn,async_nats=warn].
     #[arg(long, value_name = "LEVEL")]
@@ -249,6 +255,8 @@ impl UpArgs {
             verify_every: self.verify_every.clone(),
             max_skew: self.max_skew.clone(),
             rekey: list(&self.rekey),
+            conflicts_age: self.conflicts_age.clone(),
+            conflicts_max: self.conflicts_max.clone().map(Number::Text),
             log: self.log.clone(),
         }
     }
@@ -338,8 +346,22 @@ pub struct CheckArgs {
 pub enum ConflictsCommand {
     /// List the writes that lost, newest first.
     ///
-    /// Each with its table, key and the values that lost; the versions are in the JSON.
+    /// Each with the beginning of its id, its age, kind, table, key and the values that lost; the versions are in the
+    /// JSON. Those that were restored are left out.
     List(ConflictsListArgs),
+
+    /// Show all that is kept of a conflict, and what the row is now.
+    ///
+    /// Who wrote what and when, every value, the children of a row that lost to another of the same id, and the line
+    /// that brings it back.
+    Show(ConflictsShowArgs),
+
+    /// Write the values that lost back, as an ordinary write.
+    ///
+    /// A row that is gone is inserted again; of a row that is there the columns that lost are written, over what has
+    /// won. With --new-id, a row that lost to another of the same integer id comes back under a new one, and the rows
+    /// that referred to it refer to that. The node may run or not; the other nodes get it as any write.
+    Restore(ConflictsRestoreArgs),
 }
 
 /// Arguments of `conflicts list`.
@@ -348,9 +370,46 @@ pub struct ConflictsListArgs {
     /// The SQLite file.
     #[arg(value_name = "DB")]
     pub database: PathBuf,
+    /// Only those of this table.
+    #[arg(long, value_name = "TABLE")]
+    pub table: Option<String>,
+    /// Only those of this key: a value, or a JSON array for a key of several columns.
+    #[arg(long, value_name = "KEY", allow_hyphen_values = true)]
+    pub key: Option<String>,
+    /// Also those that were restored.
+    #[arg(long)]
+    pub all: bool,
     /// Print them as JSON.
     #[arg(long)]
     pub json: bool,
+}
+
+/// Arguments of `conflicts show`.
+#[derive(Debug, Clone, Args)]
+pub struct ConflictsShowArgs {
+    /// The SQLite file.
+    #[arg(value_name = "DB")]
+    pub database: PathBuf,
+    /// The conflict's id, or the beginning of it.
+    #[arg(value_name = "ID")]
+    pub id: String,
+    /// Print it as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `conflicts restore`.
+#[derive(Debug, Clone, Args)]
+pub struct ConflictsRestoreArgs {
+    /// The SQLite file.
+    #[arg(value_name = "DB")]
+    pub database: PathBuf,
+    /// The conflict's id, or the beginning of it.
+    #[arg(value_name = "ID")]
+    pub id: String,
+    /// Bring a row back under a new id, with the rows that refer to it.
+    #[arg(long)]
+    pub new_id: bool,
 }
 
 /// Arguments of `detach`.

@@ -23,6 +23,8 @@ pub fn run(cli: &Cli) -> ExitCode {
             checked.map(ExitCode::from).map_err(Into::into)
         }
         Command::Conflicts(ConflictsCommand::List(args)) => conflicts::list(args),
+        Command::Conflicts(ConflictsCommand::Show(args)) => conflicts::show(args),
+        Command::Conflicts(ConflictsCommand::Restore(args)) => conflicts::restore(args),
         Command::Detach(args) => node::detach(args),
         Command::Demo(args) => demo::run(args),
         Command::Completions(args) => written(complete::completions(args.shell, &mut std::io::stdout())),

@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-/// Reads `500ms`, `10s`, `2m` or `1h`; a fraction such as `1.5s` is fine.
+/// Reads `500ms`, `10s`, `2m`, `1h` or `90d`; a fraction such as `1.5s` is fine.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
-    let wrong = || format!("{text:?} is no duration: write for example 500ms, 10s, 2m or 1h");
+    let wrong = || format!("{text:?} is no duration: write for example 500ms, 10s, 2m, 1h or 90d");
     let text = text.trim();
     let split = text.find(|c: char| !(c.is_ascii_digit() || c == '.')).ok_or_else(wrong)?;
     let (number, unit) = text.split_at(split);
@@ -14,6 +14,7 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
         "s" => 1.0,
         "m" | "min" => 60.0,
         "h" => 3600.0,
+        "d" => 86_400.0,
         _ => return Err(wrong()),
     };
     Duration::try_from_secs_f64(number * unit_s).map_err(|_| wrong())
@@ -25,9 +26,14 @@ mod tests {
 
     #[test]
     fn units_are_understood() {
-        for (text, ms) in
-            [("500ms", 500), ("10s", 10_000), ("2m", 120_000), ("1.5 s", 1_500), ("1h", 3_600_000)]
-        {
+        for (text, ms) in [
+            ("500ms", 500),
+            ("10s", 10_000),
+            ("2m", 120_000),
+            ("1.5 s", 1_500),
+            ("1h", 3_600_000),
+            ("90d", 7_776_000_000),
+        ] {
             assert_eq!(parse_duration(text), Ok(Duration::from_millis(ms)), "{text}");
         }
     }

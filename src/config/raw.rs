@@ -29,6 +29,8 @@ pub const KEYS: &[&str] = &[
     "verify_every",
     "max_skew",
     "rekey",
+    "conflicts_age",
+    "conflicts_max",
     "log",
 ];
 
@@ -72,8 +74,22 @@ pub struct Raw {
     pub max_skew: Option<String>,
     /// Globs of tables that keep both rows of an id collision.
     pub rekey: Option<Vec<String>>,
+    /// How long conflicts are kept.
+    pub conflicts_age: Option<String>,
+    /// How many of them.
+    pub conflicts_max: Option<Number>,
     /// What to log.
     pub log: Option<String>,
+}
+
+/// A number as typed: a file may write it with or without quotes.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(untagged)]
+pub enum Number {
+    /// As a number.
+    Number(u64),
+    /// As text.
+    Text(String),
 }
 
 impl std::fmt::Debug for Raw {
@@ -166,6 +182,8 @@ impl Raw {
             "schema" => self.schema = text(),
             "verify_every" => self.verify_every = text(),
             "max_skew" => self.max_skew = text(),
+            "conflicts_age" => self.conflicts_age = text(),
+            "conflicts_max" => self.conflicts_max = text().map(Number::Text),
             "log" => self.log = text(),
             _ => {}
         }
@@ -203,6 +221,8 @@ impl Raw {
             verify_every: self.verify_every.or(below.verify_every),
             max_skew: self.max_skew.or(below.max_skew),
             rekey: self.rekey.or(below.rekey),
+            conflicts_age: self.conflicts_age.or(below.conflicts_age),
+            conflicts_max: self.conflicts_max.or(below.conflicts_max),
             log: self.log.or(below.log),
         }
     }

@@ -11,7 +11,7 @@ use tracing_subscriber::EnvFilter;
 
 use super::databases;
 use super::duration::parse_duration;
-use super::raw::{Raw, nearest};
+use super::raw::{Number, Raw, nearest};
 use super::{ConfigError, Surroundings};
 use crate::core::names::{DbName, MAX_NAME_LEN, NodeName};
 use crate::core::schema::SchemaMode;
@@ -29,6 +29,10 @@ pub const DEFAULT_LOG: &str = "info,nats=warn,async_nats=warn";
 pub const DEFAULT_VERIFY_EVERY: &str = "1h";
 /// How far a clock may be ahead by default.
 pub const DEFAULT_MAX_SKEW: &str = "60s";
+/// How long conflicts are kept by default.
+pub const DEFAULT_CONFLICTS_AGE: &str = "90d";
+/// How many of them by default.
+pub const DEFAULT_CONFLICTS_MAX: &str = "10000";
 
 /// A SQLite file to replicate.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -140,6 +144,10 @@ pub struct Config {
     pub max_skew: Duration,
     /// Which of them keep both rows of an id collision; `None` if none is named.
     pub rekey: Option<TableFilter>,
+    /// How long conflicts are kept.
+    pub conflicts_age: Duration,
+    /// How many of them, of each database.
+    pub conflicts_max: u64,
     /// A filter for the log, in the syntax of `tracing_subscriber::EnvFilter`.
     pub log: String,
 }
@@ -178,8 +186,25 @@ pub fn validate(raw: Raw, around: &Surroundings) -> Result<Config, ConfigError> 
             none if none.is_empty() => None,
             include => Some(TableFilter { include, exclude: Vec::new() }),
         },
+        conflicts_age: conflicts_age(raw.conflicts_age.as_deref())?,
+        conflicts_max: conflicts_max(raw.conflicts_max)?,
         log: log(raw.log)?,
     })
+}
+
+fn conflicts_age(given: Option<&str>) -> Result<Duration, ConfigError> {
+    let text = given.unwrap_or(DEFAULT_CONFLICTS_AGE);
+    parse_duration(text).map_err(|why| ConfigError::value("conflicts_age", text, why))
+}
+
+fn conflicts_max(given: Option<Number>) -> Result<u64, ConfigError> {
+    let text = match given {
+        Some(Number::Number(n)) => return Ok(n),
+        Some(Number::Text(text)) => text,
+        None => DEFAULT_CONFLICTS_MAX.to_owned(),
+    };
+    let wrong = |_| ConfigError::value("conflicts_max", &text, "write how many to keep, such as 10000");
+    text.trim().parse().map_err(wrong)
 }
 
 /// The path from the root, without looking at the file.

@@ -25,18 +25,22 @@ pub const TABLES: &str = "
 CREATE TABLE IF NOT EXISTS __litemesh_meta(key TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS __litemesh_clock(id INTEGER PRIMARY KEY, hlc INTEGER NOT NULL, lsn INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS __litemesh_site(idx INTEGER PRIMARY KEY, site INTEGER NOT NULL UNIQUE,
-  n INTEGER NOT NULL, hlc INTEGER NOT NULL, id INTEGER NOT NULL);
+  n INTEGER NOT NULL, hlc INTEGER NOT NULL, id INTEGER NOT NULL, node TEXT);
 CREATE TABLE IF NOT EXISTS __litemesh_peer(site INTEGER PRIMARY KEY, lsn INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS __litemesh_table(id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
 CREATE TABLE IF NOT EXISTS __litemesh_column(tbl INTEGER NOT NULL, pos INTEGER NOT NULL, name TEXT NOT NULL,
   PRIMARY KEY(tbl, pos)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS __litemesh_log(seq INTEGER PRIMARY KEY, tbl, op, ms, m0, k0);
-CREATE TABLE IF NOT EXISTS __litemesh_conflicts(id BLOB PRIMARY KEY, tbl TEXT NOT NULL, key TEXT NOT NULL,
-  kind TEXT NOT NULL, loser TEXT NOT NULL, winner_version TEXT NOT NULL, loser_version TEXT NOT NULL,
+CREATE TABLE IF NOT EXISTS __litemesh_conflicts(id BLOB PRIMARY KEY, conflict BLOB NOT NULL, tbl TEXT NOT NULL,
+  key TEXT NOT NULL, kind TEXT NOT NULL, birth TEXT NOT NULL, loser TEXT NOT NULL, winner TEXT NOT NULL,
   at_ms INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS __litemesh_schema(kind TEXT NOT NULL, tbl TEXT NOT NULL, name TEXT NOT NULL,
   gen INTEGER NOT NULL, gone INTEGER NOT NULL, pos INTEGER NOT NULL, def TEXT NOT NULL, moved TEXT,
   PRIMARY KEY(kind, tbl, name)) WITHOUT ROWID;
+";
+/// Indexes of those.
+pub const INDEXES: &str = "
+CREATE INDEX IF NOT EXISTS __litemesh_conflicts_of ON __litemesh_conflicts(tbl COLLATE NOCASE, kind, key);
 ";
 
 /// Tables of ours that replicate like the application's, without triggers: what writes them logs it.

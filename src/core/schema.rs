@@ -102,6 +102,17 @@ pub struct UniqueIndex {
     pub columns: Option<Vec<String>>,
 }
 
+/// A FOREIGN KEY of one column.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reference {
+    /// The column that refers.
+    pub column: String,
+    /// The table referred to.
+    pub parent: String,
+    /// Its column, unless it is the key.
+    pub to: Option<String>,
+}
+
 /// How rows of a table are identified.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum KeyKind {
@@ -134,12 +145,22 @@ pub struct Table {
     pub generated: Vec<String>,
     /// Other UNIQUE constraints.
     pub uniques: Vec<UniqueIndex>,
+    /// FOREIGN KEYs of one column.
+    pub references: Vec<Reference>,
 }
 
 impl Table {
     /// Whether it is a table of ours.
     pub fn is_ours(&self) -> bool {
         self.name.starts_with(super::capture::PREFIX)
+    }
+
+    /// The columns by which its rows refer to the integer that is the key of `parent`.
+    pub fn references_to<'t>(&'t self, parent: &'t Table) -> impl Iterator<Item = &'t Reference> {
+        let by_key =
+            |to: &Option<String>| to.as_ref().is_none_or(|t| t.eq_ignore_ascii_case(&parent.key[0].name));
+        let refers = move |r: &&Reference| r.parent.eq_ignore_ascii_case(&parent.name) && by_key(&r.to);
+        self.references.iter().filter(move |r| parent.key_kind == KeyKind::Integer && refers(r))
     }
 
     /// The column of this name, whatever its case.

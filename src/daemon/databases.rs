@@ -20,6 +20,7 @@ use crate::core::sqltext::ident;
 use crate::core::version::SiteId;
 use crate::fabric::link::Outgoing;
 use crate::replica::clock::steady_ms;
+use crate::replica::conflict::Retention;
 use crate::replica::engine::Engine;
 use crate::replica::store::Store;
 use crate::replica::watch::FileWatch;
@@ -128,7 +129,12 @@ impl Starter<'_> {
             None => lock_database(&path)?,
         };
         let store = self.open(&name, &path)?;
-        let engine = Engine::new(name.clone(), store, &self.state.spool());
+        store.name_site(store.head().site, self.config.name.as_str())?;
+        let mut engine = Engine::new(name.clone(), store, &self.state.spool());
+        engine.keep_conflicts(Retention {
+            age_ms: u64::try_from(self.config.conflicts_age.as_millis()).unwrap_or(u64::MAX),
+            count: self.config.conflicts_max,
+        });
         let (worker, handle) =
             Worker::new(name.clone(), engine, self.outgoing.clone(), report, self.router.clocks());
         let waker = handle.clone();

@@ -9,7 +9,7 @@ use crate::core::digest::Difference;
 use crate::core::names::NodeName;
 use crate::core::verify::{Cell, Key};
 use crate::replica::compare::Finding;
-use crate::replica::conflict::json;
+use crate::replica::entry::to_json as json;
 
 /// How many rows are listed; the rest is counted.
 pub const LISTED: usize = 1_000;

@@ -16,6 +16,7 @@ use crate::core::names::DbName;
 use crate::core::verify::Outcome;
 use crate::fabric::Fabric;
 use crate::replica::clock::steady_ms;
+use crate::replica::conflict::ConflictCounts;
 use crate::replica::engine::Engine;
 use crate::replica::worker::Report;
 use crate::status::StatusHandle;
@@ -28,6 +29,8 @@ const EVERY: Duration = Duration::from_millis(250);
 /// How often a database reports at most, and how often it counts what takes long to count.
 const REPORT_EVERY: Duration = Duration::from_millis(100);
 const COUNT_EVERY: Duration = Duration::from_secs(60);
+/// How often conflicts are counted anew, when some came or went.
+const COUNT_CONFLICTS_EVERY: Duration = Duration::from_secs(1);
 
 type Reports = Arc<Mutex<BTreeMap<DbName, DatabaseStatus>>>;
 
@@ -87,6 +90,7 @@ impl Observer {
         let loop_name = format!("db-{name}");
         let mut last = None;
         let mut counted: Option<(Instant, u64)> = None;
+        let mut conflicts: (Option<Instant>, ConflictCounts) = (None, ConflictCounts::default());
         Box::new(move |engine, trouble| {
             handle.beat(&loop_name);
             if last.is_some_and(|t: Instant| t.elapsed() < REPORT_EVERY) {
@@ -96,8 +100,11 @@ impl Observer {
             if counted.is_none_or(|(at, _)| at.elapsed() > COUNT_EVERY) {
                 counted = Some((Instant::now(), engine.store().state_count().unwrap_or_default()));
             }
+            if conflicts.0.is_none_or(|at| at.elapsed() > COUNT_CONFLICTS_EVERY) {
+                conflicts = (Some(Instant::now()), engine.store().conflict_counts().unwrap_or_default());
+            }
             let rows = counted.map_or(0, |(_, rows)| rows);
-            let status = describe(&name, &path, engine, trouble, rows);
+            let status = describe(&name, &path, engine, trouble, rows, conflicts.1);
             reports.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone(), status);
         })
     }
@@ -216,6 +223,17 @@ fn judge(status: &mut Status, started: bool) {
             let text = "writes lost against others and are kept: litemesh conflicts list";
             status.warnings.push(format!("{}: {} {text} {}", db.name, db.conflicts, db.path));
         }
+        if db.id_collisions > 0 {
+            let children = match db.collision_children {
+                0 => String::new(),
+                n => format!(" with {n} children"),
+            };
+            let text = "of them lost to a row that another node inserted under the same id at once";
+            status.warnings.push(format!(
+                "{}: {}{children} {text}: litemesh conflicts restore --new-id brings them back",
+                db.name, db.id_collisions
+            ));
+        }
     }
     if !status.fabric.connected {
         let text = "not connected to our own nats-server: local writes go on and are sent later";
@@ -230,6 +248,7 @@ fn describe(
     engine: &Engine,
     trouble: Option<&str>,
     state_rows: u64,
+    conflicts: ConflictCounts,
 ) -> DatabaseStatus {
     let (store, head, counters) = (engine.store(), engine.store().head(), engine.counters());
     let mut stopped = engine.stopped();
@@ -271,7 +290,10 @@ fn describe(
         commits_applied: counters.commits_applied,
         peer_syncs: counters.peer_syncs,
         messages_refused: counters.messages_refused,
-        conflicts: store.conflict_count().unwrap_or_default(),
+        conflicts: conflicts.open,
+        id_collisions: conflicts.collisions,
+        collision_children: conflicts.children,
+        conflicts_pruned: counters.conflicts_pruned,
         null_key_rows: store.null_keys(),
         state_rows,
         clock_ahead_s: clock_ahead_s(engine, now_ms),

@@ -11,7 +11,7 @@ use super::schema::{self, Objects};
 use super::store::Store;
 use super::{ReplicaError, Result, registry};
 use crate::core::capture::{
-    FILE_FORMAT, OP_DELETE, OP_INSERT, OP_UPDATE, PREFIX, REPLICATED, TABLES, state_table, triggers,
+    FILE_FORMAT, INDEXES, OP_DELETE, OP_INSERT, OP_UPDATE, PREFIX, REPLICATED, TABLES, state_table, triggers,
 };
 use crate::core::ddl::is_constant;
 use crate::core::merge::ColumnId;
@@ -137,6 +137,7 @@ fn rebuilt(table: &Table) -> String {
 /// The plans of our own tables that replicate; what an earlier litemesh did not have yet is made.
 fn our_plans(conn: &Connection) -> Result<Vec<Arc<Plan>>> {
     conn.execute_batch(TABLES)?;
+    conn.execute_batch(INDEXES)?;
     let plan = |name: &&str| {
         let mut table = introspect::read_table_named(conn, name)?;
         registry::register(conn, &mut table)?;

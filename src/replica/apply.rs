@@ -7,7 +7,6 @@ use std::sync::Arc;
 use rusqlite::{ErrorCode, ffi};
 
 use super::body::Body;
-use super::conflict::losses;
 use super::plan::Plan;
 use super::registry::from_wire;
 use super::rekey::Link;
@@ -15,6 +14,7 @@ use super::schema::{Kind as ObjectKind, ObjectKey, Recorded, recorded_one};
 use super::store::Store;
 use super::{ReplicaError, Result};
 use crate::core::capture::{PREFIX, SCHEMA};
+use crate::core::conflict::{displaced, losses};
 use crate::core::frame::{Frame, RowBuffer, Section, WireError};
 use crate::core::merge::{Row, RowState, merge};
 use crate::core::message::CommitHeader;
@@ -60,6 +60,8 @@ struct Target {
     places: Vec<Option<usize>>,
     insert: String,
     link: Option<Arc<Link>>,
+    /// Whether rows of other tables refer to its rows by an integer.
+    is_parent: bool,
 }
 
 impl Store {
@@ -126,6 +128,7 @@ impl Store {
         }
         self.follow_moves(&mut deferred)?;
         self.place_deferred(deferred)?;
+        self.link_children(they_saw)?;
         Ok(rows)
     }
 
@@ -168,7 +171,8 @@ impl Store {
         let places = section.columns.iter().map(place).collect::<Result<Vec<_>>>()?;
         let known: Vec<usize> = places.iter().copied().flatten().collect();
         let insert = plan.insert_row(&known);
-        Ok(Some(Target { plan, places, insert, link }))
+        let is_parent = self.is_parent(&plan);
+        Ok(Some(Target { plan, places, insert, link, is_parent }))
     }
 
     /// The table that a peer's name means, which may have been renamed here since; `None` if it was dropped.
@@ -229,11 +233,19 @@ impl Store {
         if target.as_ref().is_some_and(|t| t.plan.table.name == SCHEMA) {
             return Err(WireError::Malformed("the schema's rows among others").into());
         }
+        let watched = target.as_ref().map_or(Ok(Vec::new()), |t| self.watched(&t.plan))?;
         let whole = target.as_ref().is_some_and(|t| t.places.iter().all(Option::is_some));
         let (mut row, mut rows) = (RowBuffer::default(), 0);
         while let Some(versions) = section.next_row(&mut row)? {
             rows += 1;
             let Some(target) = &target else { continue };
+            if !watched.is_empty() && versions.1.is_none() {
+                let value = |at: usize| {
+                    let i = target.places.iter().position(|p| *p == Some(at))?;
+                    row.values.get(i).map(|v| v.to_value())
+                };
+                self.touch_child(&target.plan, &watched, &row.key, value)?;
+            }
             let fresh = whole && versions.1.is_none() && row.columns.is_empty() && row.refs.is_empty();
             if fresh && self.insert_fresh(target, versions.0, &row)? {
                 continue;
@@ -244,7 +256,7 @@ impl Store {
                 self.take_linked((&target.plan, link), &row.key, theirs, they_saw, deferred)?;
                 continue;
             }
-            self.merge_row(&target.plan, &row.key, &theirs, they_saw, deferred)?;
+            self.merge_row(target, &row.key, &theirs, they_saw, deferred)?;
         }
         Ok(rows)
     }
@@ -308,20 +320,27 @@ impl Store {
 
     fn merge_row(
         &mut self,
-        plan: &Arc<Plan>,
+        target: &Target,
         key: &[ValueRef<'_>],
         theirs: &Row,
         they_saw: &dyn Fn(Version) -> bool,
         deferred: &mut Vec<Deferred>,
     ) -> Result<()> {
+        let plan = &target.plan;
         let (ours, present) = self.local_row(plan, key)?;
         let merged = match &ours {
             // What is kept of a conflict, and the like, is no conflict.
             Some(ours) if plan.table.is_ours() => merge(ours, theirs),
             Some(ours) => {
                 let vector = &self.head.vector;
-                for loss in losses(ours, theirs, they_saw, &|v| vector.covers(v)) {
-                    self.keep_conflict(plan, key, &loss)?;
+                let we_saw = |v| vector.covers(v);
+                let lost = losses(ours, theirs, they_saw, &we_saw);
+                if target.is_parent && ours.state.birth != theirs.state.birth {
+                    let gone = displaced(ours, theirs, they_saw, &we_saw);
+                    self.note_displaced(plan, key, gone)?;
+                }
+                for loss in &lost {
+                    self.keep_conflict(plan, key, loss)?;
                 }
                 merge(ours, theirs)
             }

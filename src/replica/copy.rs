@@ -100,8 +100,8 @@ pub fn install_copy(copy: &Path, dest: &Path, site: SiteId) -> Result<()> {
     Ok(())
 }
 
-/// What of a copy belongs to the file it was made of, not to this one.
-fn take_identity(conn: &Connection, source: SiteId, site: SiteId) -> Result<()> {
+/// What of a copy belongs to the file it was made of, not to this one: within a transaction.
+pub fn take_identity(conn: &Connection, source: SiteId, site: SiteId) -> Result<()> {
     let lsn: i64 = conn.query_row("SELECT lsn FROM __litemesh_clock WHERE id = 1", [], |r| r.get(0))?;
     conn.execute_batch("DELETE FROM __litemesh_log; DELETE FROM __litemesh_peer")?;
     conn.execute("INSERT INTO __litemesh_peer(site, lsn) VALUES(?1, ?2)", (source.0 as i64, lsn))?;

@@ -1,13 +1,14 @@
 //! One database's part of the protocol: what to do with what arrives, and when to ask. Invariant: nothing depends on
 //! a next message coming; every hole is found by comparing what nodes hold.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::absorb::OwnCommit;
 use super::apply::PeerCommit;
 use super::assemble::Assembler;
 use super::body::Body;
+use super::conflict::Retention;
 use super::dates::dated_ahead;
 use super::store::Store;
 use super::{ReplicaError, Result};
@@ -34,6 +35,8 @@ const BATCH_BYTES: u64 = 1024 * 1024;
 /// What may wait in memory or spool for its turn, a feed; more is dropped and asked for again.
 const PENDING_BYTES: u64 = 256 * 1024 * 1024;
 const PENDING_COMMITS: usize = 20_000;
+/// How often to look for conflicts that are to go.
+const PRUNE_MS: u64 = 60_000;
 /// How long a commit waits for a cause whose feed is stopped.
 const CAUSAL_WAIT_MS: u64 = 10_000;
 
@@ -95,13 +98,15 @@ pub struct Counters {
     pub messages_refused: u64,
     /// Commits applied before their cause, because its feed stands still.
     pub causal_overruns: u64,
+    /// Conflicts removed because they were too old or too many.
+    pub conflicts_pruned: u64,
 }
 
 /// The protocol of one database on one node.
 pub struct Engine {
     pub(super) db: DbName,
     pub(super) store: Store,
-    pub(super) feeds: HashMap<SiteId, Feed>,
+    pub(super) feeds: BTreeMap<SiteId, Feed>,
     assembler: Assembler,
     peers: BTreeMap<NodeName, Peer>,
     sync: Option<Sync>,
@@ -112,6 +117,8 @@ pub struct Engine {
     counters: Counters,
     pub(super) actions: Vec<Action>,
     pub(super) clocks: Judgement,
+    retention: Retention,
+    pruned_ms: u64,
 }
 
 impl Engine {
@@ -120,7 +127,7 @@ impl Engine {
         Self {
             db,
             store,
-            feeds: HashMap::new(),
+            feeds: BTreeMap::new(),
             assembler: Assembler::new(spool_dir),
             peers: BTreeMap::new(),
             sync: None,
@@ -131,7 +138,14 @@ impl Engine {
             counters: Counters::default(),
             actions: Vec::new(),
             clocks: Judgement::alone(MAX_SKEW_MS),
+            retention: Retention::default(),
+            pruned_ms: 0,
         }
+    }
+
+    /// Says how long conflicts are kept.
+    pub fn keep_conflicts(&mut self, retention: Retention) {
+        self.retention = retention;
     }
 
     /// The file.
@@ -298,6 +312,7 @@ impl Engine {
             self.actions.push(Action::Send(from.clone(), Message::Holding(ours)));
         }
         self.store.note_peer(&holding)?;
+        self.store.name_site(holding.site, from.as_str())?;
         self.peers.insert(from.clone(), Peer { holding, heard_ms: now_ms });
         Ok(())
     }
@@ -398,7 +413,19 @@ impl Engine {
             rest.for_each(|c| self.add_pending(c));
         }
         self.absorb()?;
+        self.prune(now_ms)?;
         self.look_for_holes(now_ms)
+    }
+
+    /// Looks now and then whether conflicts are to go.
+    fn prune(&mut self, now_ms: u64) -> Result<()> {
+        if self.pruned_ms != 0 && now_ms < self.pruned_ms + PRUNE_MS {
+            return Ok(());
+        }
+        self.pruned_ms = now_ms;
+        let pruned = self.store.prune(now_ms, self.retention)?;
+        self.counters.conflicts_pruned += pruned;
+        if pruned > 0 { self.absorb() } else { Ok(()) }
     }
 
     fn stop_feed(&mut self, commit: PeerCommit, error: &ReplicaError, now_ms: u64) {

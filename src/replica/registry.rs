@@ -41,6 +41,21 @@ pub fn register(conn: &Connection, table: &mut Table) -> Result<Registration> {
     Ok(Registration { known: found.is_some(), new_columns })
 }
 
+/// The table with the numbers that it and its columns go by in this file; `None` if it has none.
+pub(super) fn numbered(conn: &Connection, table: &Table) -> Result<Option<Table>> {
+    let mut table = table.clone();
+    let find = "SELECT id FROM __litemesh_table WHERE name = ?1 COLLATE NOCASE";
+    let Some(id) = conn.query_row(find, [&table.name], |r| r.get(0)).optional()? else { return Ok(None) };
+    table.id = id;
+    for column in &mut table.columns {
+        let find = "SELECT pos FROM __litemesh_column WHERE tbl = ?1 AND name = ?2 COLLATE NOCASE";
+        let found = conn.query_row(find, (id, &column.name), |r| r.get(0)).optional()?;
+        // A column that was added just now has been written by nobody.
+        column.id = found.unwrap_or(ColumnId::MAX);
+    }
+    Ok(Some(table))
+}
+
 /// Whether the states that are kept under the table's number have another key.
 fn has_other_key(conn: &Connection, table: &Table) -> Result<bool> {
     let sql = "SELECT sql FROM sqlite_schema WHERE type = 'table' AND name = ?1";

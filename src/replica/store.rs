@@ -1,6 +1,7 @@
 //! A file that is being replicated: its connection and what is kept of it in memory. Invariant: after a failed
 //! transaction memory is read again from the file, so that the two never differ.
 
+use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -8,6 +9,8 @@ use std::sync::Arc;
 use rusqlite::{Connection, OptionalExtension};
 
 use super::adopt::{self, Cause};
+use super::children::Touched;
+use super::conflict::ConflictCounts;
 use super::plan::Plan;
 use super::rekey::{self, Links, Moves};
 use super::schema::{Kind, ObjectKey};
@@ -48,6 +51,12 @@ pub struct Store {
     pub(super) links: Arc<Links>,
     /// What moved in the transaction at hand.
     pub(super) moves: Moves,
+    /// Parents' keys that got another row in the transaction at hand, by number of the table.
+    pub(super) collided: Vec<(i64, i64)>,
+    /// Rows that came in the transaction at hand and refer to such a key.
+    pub(super) touched: Vec<Touched>,
+    /// The conflicts counted last, and the lsn of the newest change to them then.
+    pub(super) counted: Cell<Option<(Option<i64>, ConflictCounts)>>,
 }
 
 /// Whether a table of this name is replicated.
@@ -103,6 +112,9 @@ impl Store {
             keep_both: None,
             links: Arc::default(),
             moves: Moves::new(),
+            collided: Vec::new(),
+            touched: Vec::new(),
+            counted: Cell::new(None),
         };
         store.write(Self::refresh_schema)?;
         Ok(store)
@@ -131,12 +143,6 @@ impl Store {
     /// How many changes were left out because their key is NULL, since the file was opened.
     pub fn null_keys(&self) -> u64 {
         self.null_keys
-    }
-
-    /// How many conflicts are kept.
-    pub fn conflict_count(&self) -> Result<u64> {
-        let mut count = self.conn.prepare_cached("SELECT count(*) FROM __litemesh_conflicts")?;
-        Ok(count.query_row([], |r| r.get::<_, i64>(0))? as u64)
     }
 
     /// Whether the application has written something that is not absorbed yet. Takes no lock that a writer waits for.
@@ -175,6 +181,9 @@ impl Store {
             self.unsettled = false;
             self.doubtful.clear();
             self.revived.clear();
+            self.collided.clear();
+            self.touched.clear();
+            self.counted.set(None);
         }
         result
     }
@@ -269,6 +278,16 @@ impl Store {
         let sql = "INSERT INTO __litemesh_peer(site, lsn) VALUES(?1, ?2)
                    ON CONFLICT(site) DO UPDATE SET lsn = excluded.lsn WHERE excluded.lsn > lsn";
         self.conn.prepare_cached(sql)?.execute((peer.0 as i64, lsn))?;
+        Ok(())
+    }
+
+    /// Notes which node a site is, for people to read.
+    pub fn name_site(&self, site: SiteId, node: &str) -> Result<()> {
+        let sql = "UPDATE __litemesh_site SET node = ?2 WHERE site = ?1 AND node IS NOT ?2";
+        let known = "SELECT 1 FROM __litemesh_site WHERE site = ?1 AND node IS ?2";
+        if !self.conn.prepare_cached(known)?.exists((site.0 as i64, node))? {
+            self.conn.prepare_cached(sql)?.execute((site.0 as i64, node))?;
+        }
         Ok(())
     }
 

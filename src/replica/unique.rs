@@ -8,11 +8,11 @@
 use std::sync::Arc;
 
 use super::apply::{Deferred, is_unique_violation};
-use super::conflict::{Kind, Loss};
 use super::plan::Plan;
 use super::store::Store;
 use super::{ReplicaError, Result};
 use crate::core::capture::{OP_DELETE, OP_UPDATE};
+use crate::core::conflict::{Kind, Loss, all_versions};
 use crate::core::merge::Row;
 use crate::core::schema::Column;
 use crate::core::sqltext::{ident, list};
@@ -106,18 +106,22 @@ impl Store {
         winner: Version,
         error: &rusqlite::Error,
     ) -> Result<()> {
-        let values = row.values.clone();
-        let loss = Loss { kind: Kind::Unique, values, loser: row.state.birth, winner };
-        self.keep_conflict(plan, &refs(key), &loss)?;
         for column in blamed(plan, error).filter(|c| !c.not_null) {
             let mut without = row.clone();
             without.values.insert(column.id, Value::Null);
             match self.insert_row(plan, &refs(key), &without) {
-                Ok(()) => return self.log_own(plan, key, OP_UPDATE, &[column.id]),
+                Ok(()) => {
+                    let mut loss = Loss::of_columns(Kind::Unique, row.state.birth, winner);
+                    let value = row.values.get(&column.id).unwrap_or(&Value::Null);
+                    loss.add(column.id, row.state.column(column.id), value);
+                    self.keep_conflict(plan, &refs(key), &loss)?;
+                    return self.log_own(plan, key, OP_UPDATE, &[column.id]);
+                }
                 Err(ReplicaError::Sqlite(e)) if is_unique_violation(&e) => {}
                 Err(e) => return Err(e),
             }
         }
+        self.keep_conflict(plan, &refs(key), &Loss::of_row(Kind::Unique, row, all_versions(row), winner))?;
         self.log_own(plan, key, OP_DELETE, &[])
     }
 }

@@ -9,7 +9,7 @@ use rusqlite::hooks::{AuthAction, AuthContext, Authorization};
 use rusqlite::{Connection, Result};
 
 use crate::core::capture::PREFIX;
-use crate::core::schema::{Affinity, Column, KeyColumn, KeyKind, ROWID_KEY, Table, UniqueIndex};
+use crate::core::schema::{Affinity, Column, KeyColumn, KeyKind, ROWID_KEY, Reference, Table, UniqueIndex};
 use crate::core::sqltext::{ident, index_parts, list, tokens};
 
 /// Something in a file that is not replicated as rows.
@@ -168,7 +168,28 @@ fn read_table(conn: &Connection, name: String, without_rowid: bool, strict: bool
     let generated = raw.iter().filter(|c| c.hidden > 1).map(|c| c.name.clone()).collect();
     let uniques = indexes.iter().filter(|i| i.unique && i.origin != "pk").map(Index::to_unique).collect();
     let autoincrement = tokens(&sql).iter().any(|t| t.is_keyword("AUTOINCREMENT"));
-    Ok(Table { id: 0, name, key_kind, autoincrement, without_rowid, key, columns, generated, uniques })
+    let references = read_references(conn, &name)?;
+    Ok(Table {
+        id: 0,
+        name,
+        key_kind,
+        autoincrement,
+        without_rowid,
+        key,
+        columns,
+        generated,
+        uniques,
+        references,
+    })
+}
+
+fn read_references(conn: &Connection, table: &str) -> Result<Vec<Reference>> {
+    let sql = "SELECT min(\"from\"), \"table\", min(\"to\") FROM pragma_foreign_key_list(?1)
+               GROUP BY id HAVING count(*) = 1 ORDER BY id";
+    let mut statement = conn.prepare_cached(sql)?;
+    let rows = statement
+        .query_map([table], |r| Ok(Reference { column: r.get(0)?, parent: r.get(1)?, to: r.get(2)? }))?;
+    rows.collect()
 }
 
 fn rowid_column(columns: &[RawColumn]) -> KeyColumn {

@@ -1,5 +1,5 @@
-//! Connections to SQLite files. Invariant: what is opened here never fires an application's triggers and never
-//! checkpoints in a way that waits for, or stops, an application.
+//! Connections to SQLite files. Invariant: what is opened here for replication never fires an application's triggers
+//! and never checkpoints in a way that waits for, or stops, an application.
 
 pub mod introspect;
 pub mod value;
@@ -86,6 +86,24 @@ pub fn open_read_only(path: &Path) -> Result<Connection, OpenError> {
         Ok(conn)
     };
     open().map_err(|e| OpenError::of(path, e))
+}
+
+/// Opens an existing file as an application would: triggers fire, ours too, and foreign keys are kept.
+pub fn open_application(path: &Path) -> Result<Connection, OpenError> {
+    inspect(path)?;
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let open = || {
+        let conn = Connection::open_with_flags(path, flags)?;
+        conn.busy_timeout(BUSY_TIMEOUT)?;
+        conn.query_row("SELECT count(*) FROM sqlite_schema", [], |_| Ok(()))?;
+        conn.pragma_update(None, "foreign_keys", true)?;
+        conn.pragma_update(None, "synchronous", "FULL")?;
+        if conn.is_readonly("main")? {
+            return Ok(Err(OpenError::Permission { path: path.to_owned(), why: "read-only".to_owned() }));
+        }
+        Ok(Ok(conn))
+    };
+    open().unwrap_or_else(|e| Err(OpenError::of(path, e)))
 }
 
 /// Opens an existing file for replication. Nothing in it is changed by opening.

@@ -108,7 +108,7 @@ fn peers(w: &mut Writer<'_>, peers: &[PeerStatus]) {
 /// Name, type, help and value of what there is of every database.
 type Family = (&'static str, Type, &'static str, fn(&DatabaseStatus) -> u64);
 
-const DATABASE_FAMILIES: [Family; 11] = [
+const DATABASE_FAMILIES: [Family; 14] = [
     ("db_lsn", Type::Counter, "The file's counter of changed row states.", |d| d.lsn),
     ("db_pending_commits", Type::Gauge, "Commits of peers that wait to be applied.", |d| d.pending_commits),
     ("db_stopped_reasons", Type::Gauge, "Reasons why something is stopped.", |d| d.stopped.len() as u64),
@@ -117,7 +117,14 @@ const DATABASE_FAMILIES: [Family; 11] = [
     ("db_commits_applied_total", Type::Counter, "Commits of peers applied.", |d| d.commits_applied),
     ("db_peer_syncs_total", Type::Counter, "Requests to a peer for all its changes.", |d| d.peer_syncs),
     ("db_messages_refused_total", Type::Counter, "Messages that could not be read.", |d| d.messages_refused),
-    ("db_conflicts", Type::Gauge, "Lost writes that are kept in the file.", |d| d.conflicts),
+    ("db_conflicts", Type::Gauge, "Lost writes that are kept and not restored.", |d| d.conflicts),
+    ("db_id_collisions", Type::Gauge, "Those that are rows inserted at once under one id.", |d| {
+        d.id_collisions
+    }),
+    ("db_collision_children", Type::Gauge, "Rows that refer to one of those.", |d| d.collision_children),
+    ("db_conflicts_pruned_total", Type::Counter, "Conflicts removed: too old or too many.", |d| {
+        d.conflicts_pruned
+    }),
     ("db_null_key_rows", Type::Gauge, "Rows that stay here: their key is NULL.", |d| d.null_key_rows),
     ("db_state_rows", Type::Gauge, "Rows of replication state in the file.", |d| d.state_rows),
 ];

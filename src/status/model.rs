@@ -142,8 +142,17 @@ pub struct DatabaseStatus {
     pub peer_syncs: u64,
     /// Messages from peers that could not be read.
     pub messages_refused: u64,
-    /// Lost writes that are kept in the file.
+    /// Lost writes that are kept in the file and were not restored.
     pub conflicts: u64,
+    /// Among them, rows that lost to a row that another node inserted under the same integer.
+    #[serde(default)]
+    pub id_collisions: u64,
+    /// Rows that refer to one of those by a foreign key.
+    #[serde(default)]
+    pub collision_children: u64,
+    /// Conflicts that this node removed because they were too old or too many.
+    #[serde(default)]
+    pub conflicts_pruned: u64,
     /// Rows that stay on this node because their key is NULL.
     pub null_key_rows: u64,
     /// Rows of replication state in the file.

@@ -7,9 +7,9 @@ use litemesh::core::verify::{Cell, Lookup};
 use litemesh::core::version::SiteId;
 use litemesh::replica::repair::{Fate, Restamp};
 
+use crate::mixed::{Options, World};
 use crate::scripted::{SCHEMA, START_MS, Site, duo, talk};
 use crate::seeds;
-use crate::world::{Options, World};
 
 const HOUR_MS: i64 = 3_600_000;
 /// 2100-01-01.

@@ -21,8 +21,9 @@ use rand::{Rng, SeedableRng};
 use rusqlite::Connection;
 use rusqlite::config::DbConfig;
 
+use crate::history::{History, Options, Tables, WORLDS};
 use crate::seeds;
-use crate::world::{Options, World};
+use crate::world::World;
 
 type Shared = Rc<RefCell<World>>;
 
@@ -88,7 +89,7 @@ impl Asked {
     fn go_on(&self) {
         let mut world = self.member.world.borrow_mut();
         for _ in 0..3 {
-            if self.busy { world.step() } else { world.wait(20) }
+            if self.busy { world.next_step() } else { world.wait(20) }
         }
     }
 }
@@ -112,7 +113,7 @@ impl Pace for Patient {
     fn pause(&mut self, _: Duration) -> compare::Result<()> {
         let mut world = self.0.borrow_mut();
         for _ in 0..5 {
-            if self.1 { world.step() } else { world.wait(100) }
+            if self.1 { world.next_step() } else { world.wait(100) }
         }
         Ok(())
     }
@@ -166,10 +167,13 @@ fn keys(findings: &[Finding]) -> BTreeSet<(String, String)> {
 }
 
 fn world(seed: u64, uniques: bool) -> Shared {
-    let options = Options { nodes: 2 + (seed % 2) as usize, kills: 0.0, uniques, ..Options::storm() };
-    let mut world = World::new(seed, options);
+    let nodes = 2 + (seed % 2) as usize;
+    let tables = if uniques { Tables::Uniques } else { Tables::Many };
+    let storm = WORLDS.into_iter().find(|w| w.name == "bad-network").unwrap();
+    let options = Options { nodes: (nodes, nodes), kills: 0.0, moves: 0.0, tables, steps: 300, ..storm };
+    let mut world = World::new(&History::new(options, seed));
     for _ in 0..60 {
-        world.step();
+        world.next_step();
     }
     Rc::new(RefCell::new(world))
 }

@@ -1,77 +1,192 @@
 //! Seeded simulations: several replicas over real SQLite databases in memory, and a network that drops, delays,
-//! duplicates, partitions; nodes are killed and start again. At the end every file has the same rows.
+//! duplicates, partitions; nodes are killed between any two steps and start again, join, leave, are restored from a
+//! copy. At the end every file has the same rows, and what is kept of conflicts is what was lost.
 //!
-//! `LITEMESH_SIM_SEED=n` runs one seed, `LITEMESH_SIM_SEEDS=n` that many.
+//! `LITEMESH_SIM_SEEDS=n` runs so many seeds of each world, `LITEMESH_SIM_SEED=n` one. `LITEMESH_SIM_WORLD=name` runs
+//! one world only, `LITEMESH_SIM_KEEP=1,4-7` only these steps of its history. A failure prints the line that repeats
+//! it with as few steps as possible.
 
 mod clocks;
 mod compare;
 mod ddl;
+mod history;
+mod mixed;
 mod rekey_model;
 mod rekey_oracle;
 mod rekey_scripted;
 mod scripted;
+mod truth;
 mod world;
 
-use world::{Options, World};
+use std::collections::BTreeSet;
+use std::time::Instant;
 
-fn seeds(default: u64) -> Vec<u64> {
-    let number = |name| std::env::var(name).ok().and_then(|v| v.parse::<u64>().ok());
+use history::{History, Options, Step, WORLDS, What, parse_keep, show_keep, shrink};
+
+fn variable(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|v| !v.is_empty())
+}
+
+fn number(name: &str) -> Option<u64> {
+    variable(name).map(|v| v.parse().unwrap_or_else(|_| panic!("{name} is a number")))
+}
+
+/// The seeds to run, for tests that make their own histories.
+fn seeds(default: u64) -> std::ops::Range<u64> {
     match number("LITEMESH_SIM_SEED") {
-        Some(seed) => vec![seed],
-        None => (0..number("LITEMESH_SIM_SEEDS").unwrap_or(default)).collect(),
+        Some(seed) => seed..seed + 1,
+        None => 0..number("LITEMESH_SIM_SEEDS").unwrap_or(default),
     }
 }
 
-fn run(name: &str, default: u64, options: impl Fn(u64) -> Options) {
-    for seed in seeds(default) {
-        // Printed before the run, so that a panic shows which seed it was.
-        println!("{name}: LITEMESH_SIM_SEED={seed}");
-        World::new(seed, options(seed)).run();
+/// Runs the seeds of a world.
+fn run(name: &str, default: u64) {
+    let options = WORLDS.into_iter().find(|w| w.name == name).unwrap();
+    if variable("LITEMESH_SIM_WORLD").is_some_and(|w| w != name) {
+        return;
     }
+    let seeds = seeds(default);
+    let (started, count) = (Instant::now(), seeds.end - seeds.start);
+    let (mut conflicts, mut children, mut required) = (0, 0, 0);
+    for seed in seeds {
+        let counts = run_one(options, seed);
+        conflicts += counts.conflicts;
+        children += counts.children;
+        required += counts.required;
+    }
+    let rate = count as f64 / started.elapsed().as_secs_f64();
+    println!(
+        "{name}: {count} seeds, {rate:.1} a second; {conflicts} losses kept, {required} had to be, {children} children"
+    );
+}
+
+fn run_one(options: Options, seed: u64) -> world::Counts {
+    let history = History::new(options, seed);
+    let all: BTreeSet<usize> = (0..history.steps.len()).collect();
+    let keep = variable("LITEMESH_SIM_KEEP").map_or(all, |k| parse_keep(&k));
+    world::run(&history.part(&keep)).unwrap_or_else(|why| {
+        if variable("LITEMESH_SIM_KEEP").is_some() {
+            panic!("{}\n{}", tell(&history, &keep), why);
+        }
+        let keep = smallest(&history);
+        let why = world::run(&history.part(&keep)).err().unwrap_or(why);
+        panic!("{}\n{}", tell(&history, &keep), why);
+    })
+}
+
+/// The steps that are enough to fail.
+fn smallest(history: &History) -> BTreeSet<usize> {
+    // What panics on the way is not the news.
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| {}));
+    // A shorter history that fails in another way is another failure.
+    let class = |why: String| why.split([':', '`']).next().unwrap_or_default().to_owned();
+    let failure = world::run(history).err().map(class);
+    let keep =
+        shrink(history.steps.len(), |keep| world::run(&history.part(keep)).err().map(class) == failure);
+    std::panic::set_hook(hook);
+    keep
+}
+
+/// The history that fails, and how to repeat it.
+fn tell(history: &History, keep: &BTreeSet<usize>) -> String {
+    let steps: String = keep.iter().map(|i| format!("  {i}: {}\n", history.steps[*i])).collect();
+    format!(
+        "world {} with {} nodes, seed {}, {} of {} steps:\n{steps}again with:\n  LITEMESH_SIM_WORLD={} \
+         LITEMESH_SIM_SEED={} LITEMESH_SIM_KEEP={} cargo test --test sim\n",
+        history.options.name,
+        history.nodes,
+        history.seed,
+        keep.len(),
+        history.steps.len(),
+        history.options.name,
+        history.seed,
+        show_keep(keep)
+    )
 }
 
 #[test]
 fn nodes_converge_over_a_good_network() {
-    run("good network", 30, |seed| Options { nodes: 2 + (seed % 3) as usize, ..Options::calm() });
+    run("good-network", 200);
 }
 
 #[test]
 fn nodes_converge_over_a_bad_network_with_cuts_and_kills() {
-    run("bad network", 60, |seed| Options { nodes: 2 + (seed % 4) as usize, ..Options::storm() });
+    run("bad-network", 600);
 }
 
 #[test]
 fn unique_constraints_converge() {
-    run("unique", 60, |seed| Options { nodes: 2 + (seed % 3) as usize, uniques: true, ..Options::storm() });
+    run("uniques", 600);
+}
+
+#[test]
+fn conflicts_are_kept_exactly_when_writes_were_concurrent() {
+    run("conflicts", 1_000);
+}
+
+#[test]
+fn conflicts_are_kept_while_nodes_join_and_leave() {
+    run("conflicts-and-moves", 600);
+}
+
+#[test]
+fn a_fault_is_found_shrunk_and_repeated() {
+    let options = WORLDS.into_iter().find(|w| w.name == "good-network").unwrap();
+    let mut history = History::new(options, 4);
+    history.steps.insert(30, Step { wait_ms: 5, what: What::Tamper { node: 1 } });
+    assert!(world::run(&history).is_err());
+    let keep = smallest(&history);
+    assert!(keep.contains(&30) && keep.len() <= 3, "{}", tell(&history, &keep));
+    let text = tell(&history, &keep);
+    let again = text.split("LITEMESH_SIM_KEEP=").nth(1).unwrap().split(' ').next().unwrap();
+    assert_eq!(parse_keep(again), keep);
+    assert!(world::run(&history.part(&keep)).is_err());
+    let without: BTreeSet<usize> = keep.iter().copied().filter(|i| *i != 30).collect();
+    assert!(world::run(&history.part(&without)).is_ok());
+}
+
+/// Worlds with what histories do not know: changes of the schema, clocks that jump, tables that keep both rows.
+fn mix(name: &str, default: u64, options: impl Fn(u64) -> mixed::Options) {
+    for seed in seeds(default) {
+        // Printed before the run, so that a panic shows which seed it was.
+        println!("{name}: LITEMESH_SIM_SEED={seed}");
+        mixed::World::new(seed, options(seed)).run();
+    }
 }
 
 #[test]
 fn changes_of_the_schema_converge() {
-    run("schema", 60, |seed| Options { nodes: 2 + (seed % 3) as usize, ddl: true, ..Options::storm() });
+    mix("schema", 60, |seed| mixed::Options {
+        nodes: 2 + (seed % 3) as usize,
+        ddl: true,
+        ..mixed::Options::storm()
+    });
 }
 
 #[test]
 fn nodes_converge_with_clocks_an_hour_off_that_jump() {
-    run("clocks", 30, |seed| Options {
+    mix("clocks", 30, |seed| mixed::Options {
         nodes: 2 + (seed % 4) as usize,
         skew_ms: 3_600_000,
         jumps: 0.02,
-        ..Options::storm()
+        ..mixed::Options::storm()
     });
 }
+
 #[test]
 fn tables_that_keep_both_lose_nothing_and_confuse_nobody() {
-    run("rekey", 60, |seed| {
-        let kind = if seed.is_multiple_of(3) { Options::calm() } else { Options::storm() };
-        Options { nodes: 2 + (seed % 4) as usize, rekey: true, oracle: true, ..kind }
+    mix("rekey", 60, |seed| {
+        let kind = if seed.is_multiple_of(3) { mixed::Options::calm() } else { mixed::Options::storm() };
+        mixed::Options { nodes: 2 + (seed % 4) as usize, rekey: true, oracle: true, ..kind }
     });
 }
 
 #[test]
 fn tables_that_keep_both_converge_with_unique_constraints_and_equal_rows() {
-    run("rekey unique", 40, |seed| {
+    mix("rekey unique", 40, |seed| {
         let nodes = 2 + (seed % 3) as usize;
-        Options { nodes, uniques: seed.is_multiple_of(2), rekey: true, ..Options::storm() }
+        mixed::Options { nodes, uniques: seed.is_multiple_of(2), rekey: true, ..mixed::Options::storm() }
     });
 }
 

@@ -50,7 +50,7 @@ fn same(sites: &[Site], expected: &str) {
     for site in sites {
         assert_eq!(site.text(TREE), expected, "{}", site.name);
         assert_eq!(site.stopped(), "");
-        assert_eq!(site.engine.store().conflict_count().unwrap(), 0, "nothing was lost");
+        assert_eq!(site.engine.store().conflict_counts().unwrap().open, 0, "nothing was lost");
     }
     let ids = "SELECT group_concat(id || who) FROM (SELECT * FROM orders ORDER BY id)";
     assert!(sites.iter().all(|s| s.text(ids) == sites[0].text(ids)), "one row has one id everywhere");

@@ -314,7 +314,7 @@ fn a_concurrent_loser_is_kept_and_a_succession_is_not() {
     let first = a.write("INSERT INTO t VALUES(1, 'a')");
     b.take(site_a, &first);
     b.settle(START_MS);
-    let count = |s: &Site| s.engine.store().conflict_count().unwrap();
+    let count = |s: &Site| s.engine.store().conflict_counts().unwrap().open;
     let next = b.write("UPDATE t SET v = 'b'");
     a.take(site_b, &next);
     a.settle(START_MS);

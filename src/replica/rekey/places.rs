@@ -7,6 +7,7 @@ use rusqlite::Connection;
 
 use super::links::Link;
 use crate::core::capture::OP_TWIN;
+use crate::core::conflict::losses;
 use crate::core::merge::Row;
 use crate::core::rekey::{
     Homes, Incarnation, LinkedRow, Occupant, Places, merge, resolve, successor, take_in,
@@ -14,7 +15,7 @@ use crate::core::rekey::{
 use crate::core::value::{Value, ValueRef};
 use crate::core::version::Version;
 use crate::replica::apply::{Deferred, is_unique_violation};
-use crate::replica::conflict::losses;
+
 use crate::replica::plan::Plan;
 use crate::replica::shadow::Sites;
 use crate::replica::store::Store;

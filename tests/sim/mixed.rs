@@ -1,0 +1,521 @@
+//! The simulated world for what histories do not know: changes of the schema, clocks that jump, tables that keep both
+//! rows. Nodes, their applications, the network, and what must hold at the end.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+
+use litemesh::core::message::{Fragment, Hello, Message, decode};
+use litemesh::core::names::{DbName, NodeName};
+use litemesh::core::skew::Clocks;
+use litemesh::core::version::SiteId;
+use litemesh::fabric::link::{Incoming, Outgoing};
+use litemesh::fabric::memory::{MemoryFabric, Weather};
+use litemesh::replica::adopt;
+use litemesh::replica::engine::{Action, Engine};
+use litemesh::replica::send::{MessageAssembler, commit_pieces, message_pieces};
+use litemesh::replica::store::Store;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use rusqlite::Connection;
+
+use super::rekey_oracle::{self, Oracle};
+
+const SCHEMA: &str = "
+    CREATE TABLE item(id INTEGER PRIMARY KEY, a, b TEXT, c REAL);
+    CREATE TABLE pair(x TEXT COLLATE NOCASE, y INT, v, PRIMARY KEY(x, y)) WITHOUT ROWID;
+    CREATE TABLE mine(id TEXT PRIMARY KEY NOT NULL, n INTEGER NOT NULL);
+    CREATE TABLE nokey(v);
+    INSERT INTO item VALUES(1, 'one', 'adopted', 1.5), (2, x'00ff', NULL, -0.0), (3, 3, 'x', 9e999);";
+const UNIQUE: &str = "
+    CREATE TABLE person(id INTEGER PRIMARY KEY, mail TEXT UNIQUE, nick TEXT NOT NULL UNIQUE, team, seat);
+    CREATE UNIQUE INDEX seat ON person(team, seat) WHERE seat > 0;
+    CREATE UNIQUE INDEX initial ON person(lower(nick));";
+
+/// What a run is like.
+#[derive(Clone, Copy)]
+pub struct Options {
+    pub nodes: usize,
+    pub steps: u32,
+    pub weather: Weather,
+    pub cuts: f64,
+    pub kills: f64,
+    pub uniques: bool,
+    pub ddl: bool,
+    /// How far clocks are off at most, either way.
+    pub skew_ms: i64,
+    /// Probability, in each step, that a clock is set to something else.
+    pub jumps: f64,
+    /// Tables keep both rows of an id collision where they can.
+    pub rekey: bool,
+    /// Only such tables, watched by an oracle.
+    pub oracle: bool,
+}
+
+impl Options {
+    pub fn calm() -> Self {
+        let weather = Weather { drop: 0.0, duplicate: 0.0, max_delay_ms: 5 };
+        Self {
+            nodes: 2,
+            steps: 150,
+            weather,
+            cuts: 0.0,
+            kills: 0.0,
+            uniques: false,
+            ddl: false,
+            skew_ms: 20_000,
+            jumps: 0.0,
+            rekey: false,
+            oracle: false,
+        }
+    }
+
+    pub fn storm() -> Self {
+        let weather = Weather { drop: 0.15, duplicate: 0.15, max_delay_ms: 400 };
+        Self {
+            nodes: 2,
+            steps: 250,
+            weather,
+            cuts: 0.03,
+            kills: 0.03,
+            uniques: false,
+            ddl: false,
+            skew_ms: 20_000,
+            jumps: 0.0,
+            rekey: false,
+            oracle: false,
+        }
+    }
+}
+
+/// A change of the schema, or of rows in tables that come and go. One name always means one definition: what
+/// contradicts itself is for people to settle.
+fn schema_statement(r: &mut StdRng) -> String {
+    let x = r.random_range(0..3);
+    let (c, d) = (r.random_range(0..3), r.random_range(0..3));
+    let (id, n) = (r.random_range(1..6), r.random_range(0..100));
+    match r.random_range(0..20) {
+        0..3 => format!("CREATE TABLE IF NOT EXISTS x{x}(id INTEGER PRIMARY KEY, a)"),
+        3 => format!("DROP TABLE x{x}"),
+        4..7 => format!("ALTER TABLE x{x} ADD COLUMN c{c} TEXT DEFAULT 'none'"),
+        7 => format!("ALTER TABLE x{x} DROP COLUMN c{c}"),
+        8 => format!("ALTER TABLE x{x} RENAME COLUMN c{c} TO c{d}"),
+        // Renames of one table on several nodes at once are scripted: see `ddl`.
+        9 => format!("UPDATE x{x} SET a = {n} WHERE id = {id}"),
+        10 => format!("CREATE INDEX IF NOT EXISTS i{x} ON x{x}(a)"),
+        11 => format!("DROP INDEX IF EXISTS i{x}"),
+        12 => format!("CREATE VIEW IF NOT EXISTS v{x} AS SELECT {x}"),
+        13 => format!("DROP VIEW v{x}"),
+        14 => format!("UPDATE x{x} SET c{c} = 'w{n}' WHERE id = {id}"),
+        15 => format!("DELETE FROM x{x} WHERE id = {id}"),
+        _ => format!("INSERT OR REPLACE INTO x{x}(id, a) VALUES({id}, {n})"),
+    }
+}
+
+struct Node {
+    name: NodeName,
+    /// The application's connection; also what keeps the database in memory while litemesh is down.
+    app: Connection,
+    uri: String,
+    engine: Option<Engine>,
+    messages: MessageAssembler,
+    /// How far its wall clock is off.
+    skew_ms: i64,
+    clocks: Clocks,
+}
+
+pub struct World {
+    seed: u64,
+    random: StdRng,
+    options: Options,
+    net: MemoryFabric,
+    nodes: Vec<Node>,
+    now_ms: u64,
+    next_hello_ms: u64,
+    next_id: u64,
+    /// Keys that one node alone ever inserted and nobody deletes.
+    acknowledged: BTreeSet<String>,
+    oracle: Option<Oracle>,
+}
+
+fn db() -> DbName {
+    "app".parse().unwrap()
+}
+
+fn spool() -> PathBuf {
+    std::env::temp_dir()
+}
+
+impl World {
+    pub fn new(seed: u64, options: Options) -> Self {
+        let mut world = Self {
+            seed,
+            random: StdRng::seed_from_u64(seed),
+            options,
+            net: MemoryFabric::new(seed, options.weather),
+            nodes: Vec::new(),
+            now_ms: 1_800_000_000_000,
+            next_hello_ms: 0,
+            next_id: 0,
+            acknowledged: BTreeSet::new(),
+            oracle: options.oracle.then(Oracle::new),
+        };
+        for i in 0..options.nodes {
+            world.add_node(i);
+        }
+        world
+    }
+
+    fn add_node(&mut self, i: usize) {
+        let name: NodeName = format!("n{i}").parse().unwrap();
+        let run = format!("{}-{:?}", self.seed, std::thread::current().id());
+        let uri = format!(
+            "file:sim-{run}-{}-{}-{i}?mode=memory&cache=shared",
+            self.options.uniques, self.options.rekey
+        );
+        let app = Connection::open(&uri).unwrap();
+        app.execute_batch("PRAGMA trusted_schema = OFF").unwrap();
+        app.execute_batch(if self.options.oracle { rekey_oracle::SCHEMA } else { SCHEMA }).unwrap();
+        app.pragma_update(None, "foreign_keys", self.options.oracle && self.seed.is_multiple_of(4)).unwrap();
+        if self.options.uniques {
+            app.execute_batch(UNIQUE).unwrap();
+        }
+        adopt::install(&app, 77, SiteId(1_000 + i as u64)).unwrap();
+        self.net.up(&name);
+        let skew_ms = self.skew();
+        let messages = MessageAssembler::default();
+        self.nodes.push(Node { name, app, uri, engine: None, messages, skew_ms, clocks: Clocks::default() });
+        self.start(i);
+    }
+
+    fn skew(&mut self) -> i64 {
+        let skew_ms = self.options.skew_ms;
+        self.random.random_range(-skew_ms..skew_ms)
+    }
+
+    fn start(&mut self, i: usize) {
+        let mut store = Store::with_connection(
+            Connection::open(&self.nodes[i].uri).unwrap(),
+            &spool(),
+            Box::new(|_| true),
+            Default::default(),
+        )
+        .unwrap();
+        if self.options.rekey {
+            store.keep_both(Box::new(|_| true)).unwrap();
+        }
+        self.nodes[i].engine = Some(Engine::new(db(), store, &spool()));
+        self.nodes[i].messages = MessageAssembler::default();
+        let name = self.nodes[i].name.clone();
+        self.net.up(&name);
+    }
+
+    fn kill(&mut self, i: usize) {
+        self.nodes[i].engine = None;
+        let name = self.nodes[i].name.clone();
+        self.net.down(&name);
+    }
+
+    pub fn run(mut self) {
+        for _ in 0..self.options.steps {
+            self.step();
+        }
+        self.settle_down();
+        for node in &mut self.nodes {
+            let engine = node.engine.as_mut().unwrap();
+            let stale = engine.store_mut().stale_references().unwrap();
+            assert!(stale.is_empty(), "seed {} {}: {stale:?}", self.seed, node.name);
+        }
+        self.check();
+    }
+
+    /// Time goes on, something happens, somebody writes, everybody takes a turn.
+    pub fn step(&mut self) {
+        self.now_ms += self.random.random_range(1..120);
+        self.misfortune();
+        let i = self.random.random_range(0..self.nodes.len());
+        self.write(i);
+        self.turn();
+    }
+
+    /// Time goes on without writes.
+    pub fn wait(&mut self, ms: u64) {
+        self.now_ms += ms;
+        self.turn();
+    }
+
+    /// One more write on a node, of one row that all have; it comes after whatever the node has seen.
+    pub fn last_word(&mut self, i: usize, word: &str) {
+        let app = &self.nodes[i].app;
+        let wall_ms = self.now_ms.saturating_add_signed(self.nodes[i].skew_ms);
+        let day = wall_ms as f64 / 86_400_000.0 + 2_440_587.5;
+        app.execute_batch(&format!(
+            "BEGIN; INSERT INTO item VALUES(1, 'new', '{word}', 0) ON CONFLICT DO UPDATE SET b = excluded.b;
+             UPDATE __litemesh_log SET ms = {day}; COMMIT"
+        ))
+        .unwrap();
+    }
+
+    /// The word that a node has.
+    pub fn word(&self, i: usize) -> String {
+        let sql = "SELECT b FROM item WHERE id = 1";
+        self.nodes[i].app.query_row(sql, [], |r| r.get(0)).unwrap()
+    }
+
+    fn misfortune(&mut self) {
+        let count = self.nodes.len();
+        let (a, b) = (self.random.random_range(0..count), self.random.random_range(0..count));
+        if self.random.random_bool(self.options.cuts) {
+            let (a, b) = (self.nodes[a].name.clone(), self.nodes[b].name.clone());
+            self.net.cut(&a, &b);
+            if self.random.random_bool(0.7) {
+                self.net.cut(&b, &a);
+            }
+        }
+        if self.random.random_bool(self.options.cuts) {
+            self.net.heal();
+        }
+        if self.random.random_bool(self.options.jumps) {
+            self.nodes[a].skew_ms = self.skew();
+        }
+        if self.random.random_bool(self.options.kills) {
+            self.kill(a);
+        }
+        if self.nodes[b].engine.is_none() && self.random.random_bool(0.2) {
+            self.start(b);
+        }
+    }
+
+    /// One application transaction of a few statements, some of them rolled back.
+    fn write(&mut self, i: usize) {
+        if let Some(oracle) = &mut self.oracle {
+            return oracle.write(&mut self.random, &self.nodes[i].app);
+        }
+        let statements = self.random.random_range(1..5);
+        let mut fresh = Vec::new();
+        self.nodes[i].app.execute_batch("BEGIN").unwrap();
+        let logged = "SELECT coalesce(max(seq), 0) FROM __litemesh_log";
+        let before: i64 = self.nodes[i].app.query_row(logged, [], |r| r.get(0)).unwrap();
+        for _ in 0..statements {
+            let sql = self.statement(i, &mut fresh);
+            // Constraint errors are the application's own affair.
+            let _ = self.nodes[i].app.execute_batch(&sql);
+        }
+        // What the application's clock said: the same host's, so as wrong.
+        let wall_ms = self.now_ms.saturating_add_signed(self.nodes[i].skew_ms);
+        let day = wall_ms as f64 / 86_400_000.0 + 2_440_587.5;
+        let date = "UPDATE __litemesh_log SET ms = ?1 WHERE seq > ?2";
+        self.nodes[i].app.execute(date, (day, before)).unwrap();
+        if self.random.random_bool(0.1) {
+            self.nodes[i].app.execute_batch("ROLLBACK").unwrap();
+        } else {
+            self.nodes[i].app.execute_batch("COMMIT").unwrap();
+            self.acknowledged.extend(fresh);
+        }
+    }
+
+    fn statement(&mut self, i: usize, fresh: &mut Vec<String>) -> String {
+        let r = &mut self.random;
+        let (id, other, n) = (r.random_range(1..8), r.random_range(1..8), r.random_range(0..100));
+        let or = ["", "", "OR REPLACE", "OR IGNORE"][r.random_range(0..4)];
+        if self.options.uniques && r.random_bool(0.6) {
+            let mail =
+                ["NULL".to_owned(), format!("'m{}'", r.random_range(0..5))][r.random_range(0..2)].clone();
+            let nick = format!("'{}{}'", ["N", "n"][r.random_range(0..2)], r.random_range(0..6));
+            return match r.random_range(0..6) {
+                0 | 1 => {
+                    format!("INSERT {or} INTO person VALUES({id}, {mail}, {nick}, {}, {})", n % 2, n % 3)
+                }
+                2 => format!("UPDATE {or} person SET mail = {mail} WHERE id = {id}"),
+                3 => format!("UPDATE {or} person SET nick = {nick}, seat = {} WHERE id = {id}", n % 3),
+                4 => format!("UPDATE {or} person SET id = {other} WHERE id = {id}"),
+                _ => format!("DELETE FROM person WHERE id = {id}"),
+            };
+        }
+        if self.options.ddl && r.random_bool(0.4) {
+            return schema_statement(r);
+        }
+        match r.random_range(0..14) {
+            0 => format!("INSERT {or} INTO item VALUES({id}, {n}, 'b{n}', {n}.5)"),
+            1 => {
+                format!("INSERT INTO item VALUES({id}, {n}, 'u', 0) ON CONFLICT DO UPDATE SET a = excluded.a")
+            }
+            2 => format!("UPDATE item SET a = {n} WHERE id = {id}"),
+            3 => format!("UPDATE item SET b = 'b{n}', c = {n} WHERE id >= {id}"),
+            4 => format!("DELETE FROM item WHERE id = {id}"),
+            5 => format!("UPDATE {or} item SET id = {other} WHERE id = {id}"),
+            6 => format!("INSERT {or} INTO pair VALUES('{}', {other}, {n})", ["k", "K", "ü"][id % 3]),
+            7 => format!("UPDATE pair SET v = {n} WHERE x = 'k'"),
+            8 => format!("UPDATE {or} pair SET x = '{}' WHERE y = {other}", ["k", "K"][id % 2]),
+            9 => format!("DELETE FROM pair WHERE y = {other}"),
+            10 => format!(
+                "SAVEPOINT s; DELETE FROM item; ROLLBACK TO s; RELEASE s; UPDATE item SET b = b WHERE id = {id}"
+            ),
+            11 => format!("INSERT INTO nokey VALUES({n})"),
+            _ => {
+                self.next_id += 1;
+                let key = format!("{i}-{}", self.next_id);
+                fresh.push(key.clone());
+                format!(
+                    "INSERT INTO mine VALUES('{key}', {n}); UPDATE mine SET n = n + 1 WHERE id = '{i}-{id}'"
+                )
+            }
+        }
+    }
+
+    /// Everybody takes in what arrived and says what it has to say.
+    pub fn turn(&mut self) {
+        for (to, message) in self.net.deliver(self.now_ms) {
+            let Some(i) = self.nodes.iter().position(|n| n.name == to) else { continue };
+            let node = &mut self.nodes[i];
+            let now = self.now_ms;
+            let Some(engine) = &mut node.engine else { continue };
+            match message {
+                Incoming::Commit { site, payload, .. } => {
+                    let piece: Fragment = decode(&payload).unwrap();
+                    engine.on_fragment(SiteId(site), &piece).unwrap();
+                }
+                Incoming::Message { from, payload } => {
+                    if let Some(message) = node.messages.push::<Message>(&from, &payload).unwrap() {
+                        if let Message::Hello(hello) = &message {
+                            node.clocks.hear(&from, hello.now_ms, now);
+                        }
+                        engine.on_message(&from, message, now).unwrap();
+                    }
+                }
+            }
+        }
+        let hello = self.now_ms >= self.next_hello_ms;
+        if hello {
+            self.next_hello_ms = self.now_ms + 2_000;
+        }
+        for i in 0..self.nodes.len() {
+            let now = self.now_ms;
+            let wall_ms = now.saturating_add_signed(self.nodes[i].skew_ms);
+            let clocks = self.nodes[i].clocks.judge(wall_ms, now, 60_000);
+            let Some(engine) = &mut self.nodes[i].engine else { continue };
+            engine.set_clocks(clocks, now);
+            if hello {
+                let hello = Hello { version: String::new(), now_ms: wall_ms, dbs: vec![db()] };
+                let name = self.nodes[i].name.clone();
+                self.act(&name, Action::Broadcast(Message::Hello(hello)));
+            }
+            let Some(engine) = &mut self.nodes[i].engine else { continue };
+            engine.settle(now).unwrap();
+            engine.announce(now);
+            let actions = engine.take_actions();
+            let name = self.nodes[i].name.clone();
+            actions.into_iter().for_each(|a| self.act(&name, a));
+        }
+    }
+
+    fn act(&mut self, from: &NodeName, action: Action) {
+        let (net, now) = (&mut self.net, self.now_ms);
+        match action {
+            Action::Publish(mut own) => {
+                let site = own.site.0;
+                commit_pieces(&mut own, |payload| {
+                    net.send(from, Outgoing::Commit { db: db(), site, payload }, now);
+                })
+                .unwrap();
+            }
+            Action::Broadcast(m) => {
+                message_pieces(&m, |p| net.send(from, Outgoing::Broadcast { payload: p }, now))
+            }
+            Action::Send(to, m) => message_pieces(&m, |payload| {
+                net.send(from, Outgoing::Direct { to: to.clone(), payload }, now);
+            }),
+            Action::Warn(text) => println!("{from}: {text}"),
+        }
+    }
+
+    /// The network is good again, everybody is there, nobody writes: how long until all is quiet is bounded.
+    pub fn settle_down(&mut self) {
+        self.net.heal();
+        self.net.set_weather(Weather { drop: 0.0, duplicate: 0.0, max_delay_ms: 5 });
+        for i in 0..self.nodes.len() {
+            if self.nodes[i].engine.is_none() {
+                self.start(i);
+            }
+        }
+        // What was dated ahead by a node that heard nobody may have to wait for its time.
+        let pause_ms = if self.options.skew_ms > 60_000 { 3_000 } else { 50 };
+        for round in 0..3_000 {
+            self.now_ms += pause_ms;
+            self.turn();
+            let vectors = || self.nodes.iter().map(|n| &n.engine.as_ref().unwrap().store().head().vector);
+            let first = vectors().next().unwrap();
+            // With pauses that long a hello is always under way.
+            let quiet = self.net.is_quiet() || pause_ms > 2_000;
+            if round % 10 == 0 && quiet && vectors().all(|v| v == first) {
+                return;
+            }
+        }
+        for node in &self.nodes {
+            let engine = node.engine.as_ref().unwrap();
+            println!("{}: {:?} {:?}", node.name, engine.store().head().vector, engine.stopped());
+        }
+        panic!("the nodes do not come to agree: seed {}", self.seed);
+    }
+
+    pub fn check(&self) {
+        let expected = self.dump(0);
+        for i in 0..self.nodes.len() {
+            let ok: String = self.nodes[i].app.query_row("PRAGMA integrity_check", [], |r| r.get(0)).unwrap();
+            assert_eq!(ok, "ok", "seed {} node {i}", self.seed);
+            let got = self.dump(i);
+            assert!(expected.keys().eq(got.keys()), "seed {}: the tables on node {i}", self.seed);
+            for (table, rows) in &expected {
+                let (ours, theirs): (BTreeSet<_>, BTreeSet<_>) =
+                    (rows.iter().collect(), got[table].iter().collect());
+                let (only_0, only_i): (Vec<_>, Vec<_>) =
+                    (ours.difference(&theirs).collect(), theirs.difference(&ours).collect());
+                assert_eq!(only_0, only_i, "seed {}: table {table} on nodes 0 and {i}", self.seed);
+                assert_eq!(rows.len(), got[table].len(), "seed {}: table {table} on node {i}", self.seed);
+            }
+        }
+        if let Some(oracle) = &self.oracle {
+            if let Err(what) = oracle.check(&self.nodes[0].app) {
+                panic!("seed {}: {what}", self.seed);
+            }
+            return;
+        }
+        let mine: BTreeSet<&str> =
+            expected["mine(id,n)"].iter().map(|r| r.split('|').next().unwrap()).collect();
+        for key in &self.acknowledged {
+            let quoted = format!("'{key}'");
+            assert!(
+                mine.contains(quoted.as_str()),
+                "seed {}: the acknowledged row {key} is missing",
+                self.seed
+            );
+        }
+    }
+
+    /// Every row of every table as text, by SQLite's own quoting: nothing of litemesh's takes part in comparing.
+    pub fn dump(&self, i: usize) -> BTreeMap<String, Vec<String>> {
+        let app = &self.nodes[i].app;
+        let mut out = BTreeMap::new();
+        let mut tables = app
+            .prepare("SELECT name FROM pragma_table_list WHERE schema = 'main' AND name NOT LIKE '\\_\\_litemesh%' ESCAPE '\\' AND name NOT LIKE 'sqlite%'")
+            .unwrap();
+        let names: Vec<String> = tables.query_map([], |r| r.get(0)).unwrap().map(Result::unwrap).collect();
+        for name in names {
+            let sql = format!("SELECT name FROM pragma_table_info('{name}')");
+            let mut info = app.prepare(&sql).unwrap();
+            let columns: Vec<String> =
+                info.query_map([], |r| r.get(0)).unwrap().map(Result::unwrap).collect();
+            let quoted = columns.iter().map(|c| format!("quote({c}) || ':' || typeof({c})"));
+            let first = format!("quote({})", columns[0]);
+            let rowid = if name == "nokey" { "rowid || '|' ||" } else { "" };
+            let heading = columns.join(",");
+            let all = quoted.collect::<Vec<_>>().join(" || '|' || ");
+            let sql = format!("SELECT {rowid} {first} || '|' || {all} FROM {name} ORDER BY 1");
+            let mut rows = app.prepare(&sql).unwrap();
+            out.insert(
+                format!("{name}({heading})"),
+                rows.query_map([], |r| r.get(0)).unwrap().map(Result::unwrap).collect(),
+            );
+        }
+        out
+    }
+}
