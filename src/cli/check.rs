@@ -14,6 +14,8 @@ use super::args::CheckArgs;
 use crate::core::lint::{Facts, Finding, ForeignKey, Severity, TriggerFacts, TriggerWrites, lint};
 use crate::core::schema::Table;
 use crate::core::sqltext::{ident, list};
+use crate::replica::adopt;
+use crate::replica::review::conflicts;
 use crate::sqlite::introspect::{self, AppTrigger, Schema, firing_statements, with_trigger_writes};
 use crate::sqlite::{OpenError, open_read_only};
 
@@ -158,6 +160,14 @@ fn gather(conn: &Connection) -> rusqlite::Result<Facts> {
             Ok(_) if has_null_key(conn, table)? => drop(facts.null_key_tables.insert(table.name.clone())),
             Ok(_) => {}
             Err(e) => facts.unwritable.push((table.name.clone(), said(&e))),
+        }
+    }
+    if adopt::is_adopted(conn)? {
+        // What cannot be read of conflicts is no finding about the schema.
+        for c in conflicts(conn).unwrap_or_default().iter().filter(|c| c.is_open() && c.is_collision()) {
+            let (rows, children) = facts.collisions.entry(c.table.clone()).or_default();
+            *rows += 1;
+            *children += c.children.iter().filter(|c| !c.restored).count();
         }
     }
     facts.triggers = triggers(conn, &schema, &facts.views)?;

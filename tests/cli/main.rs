@@ -4,6 +4,7 @@
 mod support;
 
 mod clocks;
+mod conflicts;
 mod detach;
 mod http;
 mod intruder;

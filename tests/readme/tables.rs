@@ -16,11 +16,13 @@ use crate::text::{code_spans, readme, root, section, table, words};
 /// Options of other programs that README names.
 const FOREIGN_OPTIONS: [&str; 3] = ["--release", "--workspace", "--bench"];
 /// Variables that are no options.
-const OTHER_VARIABLES: [&str; 5] = [
+const OTHER_VARIABLES: [&str; 7] = [
     "LITEMESH_CONFIG",
     "LITEMESH_NO_FETCH",
+    "LITEMESH_SIM_KEEP",
     "LITEMESH_SIM_SEED",
     "LITEMESH_SIM_SEEDS",
+    "LITEMESH_SIM_WORLD",
     "LITEMESH_TEST_CLOCK_OFFSET_MS",
 ];
 
@@ -103,6 +105,8 @@ fn the_options_of_up_have_their_variable_key_and_default() {
             "journal" => "wal",
             "verify_every" => valid::DEFAULT_VERIFY_EVERY,
             "max_skew" => valid::DEFAULT_MAX_SKEW,
+            "conflicts_age" => valid::DEFAULT_CONFLICTS_AGE,
+            "conflicts_max" => valid::DEFAULT_CONFLICTS_MAX,
             _ => continue,
         };
         assert_eq!(plain(&row[3]), default, "the default of {key}");
@@ -233,13 +237,15 @@ fn the_example_configuration_is_accepted_as_it_is_and_with_each_example() {
     for line in text.lines().filter(|l| l.starts_with('#') && !l.starts_with("# ") && l.len() > 1) {
         let with = text.replace(line, &line[1..]);
         let config = load(&with).unwrap_or_else(|e| panic!("{line}: {e}"));
-        let default = line[1..].split('"').nth(1).unwrap();
+        let default = line[1..].split('"').nth(1).unwrap_or_default();
         match line[1..].split(' ').next().unwrap() {
             "cluster" => assert_eq!(default, valid::DEFAULT_CLUSTER),
             "client" => assert_eq!(default, valid::DEFAULT_CLIENT),
             "http" => assert_eq!(default, valid::DEFAULT_HTTP),
             "verify_every" => assert_eq!(default, valid::DEFAULT_VERIFY_EVERY),
             "max_skew" => assert_eq!(default, valid::DEFAULT_MAX_SKEW),
+            "conflicts_age" => assert_eq!(default, valid::DEFAULT_CONFLICTS_AGE),
+            "conflicts_max" => assert_eq!(config.conflicts_max.to_string(), valid::DEFAULT_CONFLICTS_MAX),
             "log" => assert_eq!((default, config.log.as_str()), (valid::DEFAULT_LOG, valid::DEFAULT_LOG)),
             _ => {}
         }

@@ -437,7 +437,11 @@ impl World {
             let ok: String = node.app.query_row("PRAGMA integrity_check", [], |r| r.get(0)).unwrap();
             assert_eq!(ok, "ok", "node {}", node.name);
             for (table, rows) in expected {
-                assert_eq!(rows, &got[table], "table {table} on node {} and {}", node.name, dumps[0].0.name);
+                let names = (&node.name, &dumps[0].0.name);
+                if rows != &got[table] {
+                    dumps.iter().for_each(|(n, _)| eprintln!("{}", position(n)));
+                }
+                assert_eq!(rows, &got[table], "table {table} on node {} and {}", names.0, names.1);
             }
         }
         let first = dumps[0].0;
@@ -453,6 +457,23 @@ impl World {
         }
         Counts::default()
     }
+}
+
+/// How far a node is, for who looks for a fault.
+fn position(node: &Node) -> String {
+    let all = |sql: &str| {
+        let mut statement = node.app.prepare(sql).unwrap();
+        let rows = statement.query_map([], |r| r.get::<_, String>(0)).unwrap();
+        rows.map(Result::unwrap).collect::<Vec<_>>().join(", ")
+    };
+    format!(
+        "{}: site {}, lsn {}, feeds {}; peers {}",
+        node.name,
+        all("SELECT value || '' FROM __litemesh_meta WHERE key = 'site'"),
+        all("SELECT lsn || '' FROM __litemesh_clock"),
+        all("SELECT site || ': ' || n FROM __litemesh_site"),
+        all("SELECT site || ': ' || lsn FROM __litemesh_peer"),
+    )
 }
 
 /// Every row of every table as text, by SQLite's own quoting: nothing of litemesh's takes part in comparing. What is

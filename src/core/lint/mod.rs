@@ -3,7 +3,7 @@
 
 mod triggers;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
 
@@ -103,6 +103,8 @@ pub struct Facts {
     pub unwritable: Vec<(String, String)>,
     /// The journal mode.
     pub journal_mode: String,
+    /// Rows that lost to another node's row of the same id, and how many children they have, by table.
+    pub collisions: BTreeMap<String, (usize, usize)>,
 }
 
 impl Facts {
@@ -134,6 +136,7 @@ pub fn lint(facts: &Facts) -> Vec<Finding> {
         found.extend(why.map(|(name, why)| unwritable(name, why)));
         found.extend(key(facts, table));
         found.extend(table.uniques.iter().map(|u| unique(table, u)));
+        found.extend(facts.collisions.get(&table.name).map(|counts| collisions(&table.name, *counts)));
         let children = facts.foreign_keys.iter().filter(|f| f.table == table.name);
         found.extend(children.map(|f| foreign_key(facts, f)));
         found.extend(triggers::on(facts, &table.name));
@@ -155,6 +158,17 @@ fn finding(
     [what, what_litemesh_does, advice]: [String; 3],
 ) -> Finding {
     Finding { table: Some(table.to_owned()), code, severity, what, what_litemesh_does, advice }
+}
+
+fn collisions(table: &str, (rows, children): (usize, usize)) -> Finding {
+    let what = format!(
+        "{rows} of its rows lost to a row that another node inserted under the same id at once; {children} other rows \
+         referred to them"
+    );
+    let does = "They are kept: `litemesh conflicts list` shows them.";
+    let advice =
+        "`litemesh conflicts restore` with --new-id brings each back under a new id, with its children.";
+    finding(table, "id-collisions", Severity::Warning, [what, does.into(), advice.into()])
 }
 
 fn journal_mode(mode: &str) -> Finding {
