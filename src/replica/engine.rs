@@ -78,6 +78,8 @@ pub struct Peer {
 /// Rows that are being fetched from a peer.
 struct Sync {
     peer: NodeName,
+    /// The incarnation of its file that was asked: the cursor is in that file's numbers.
+    site: SiteId,
     request: SyncRequest,
     pages: Body,
     asked_ms: u64,
@@ -335,6 +337,11 @@ impl Engine {
         if sync.request.request != page.request || sync.peer != *from {
             return Ok(());
         }
+        if page.site != sync.site {
+            // Its file was restored in the meantime: what it sent starts from a number of the file that was there.
+            self.sync = None;
+            return Ok(());
+        }
         for frame in &page.frames {
             sync.pages.append_block(frame)?;
         }
@@ -556,7 +563,7 @@ impl Engine {
         };
         self.actions.push(Action::Send(peer.clone(), Message::SyncRequest(request.clone())));
         let pages = Body::new(&self.store.spool_dir);
-        self.sync = Some(Sync { peer, request, pages, asked_ms: now_ms });
+        self.sync = Some(Sync { peer, site, request, pages, asked_ms: now_ms });
         Ok(())
     }
 

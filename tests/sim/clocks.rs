@@ -8,8 +8,8 @@ use litemesh::core::version::SiteId;
 use litemesh::replica::repair::{Fate, Restamp};
 
 use crate::mixed::{Options, World};
-use crate::scripted::{SCHEMA, START_MS, Site, duo, talk};
 use crate::seeds;
+use crate::site::{SCHEMA, START_MS, Site, duo, talk};
 
 const HOUR_MS: i64 = 3_600_000;
 /// 2100-01-01.

@@ -2,7 +2,7 @@
 
 use litemesh::core::schema::SchemaMode;
 
-use crate::scripted::{START_MS, Site, talk};
+use crate::site::{START_MS, Site, talk};
 
 const SCHEMA: &str = "CREATE TABLE t(id INTEGER PRIMARY KEY, v)";
 

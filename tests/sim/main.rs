@@ -11,10 +11,12 @@ mod compare;
 mod ddl;
 mod history;
 mod mixed;
+mod rare;
 mod rekey_model;
 mod rekey_oracle;
 mod rekey_scripted;
 mod scripted;
+mod site;
 mod truth;
 mod world;
 

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use litemesh::core::schema::SchemaMode;
 
-use super::scripted::{START_MS, Site};
+use super::site::{START_MS, Site};
 
 const SCHEMA: &str = "
     CREATE TABLE orders(id INTEGER PRIMARY KEY, who, state);
