@@ -196,6 +196,14 @@ pub struct UpArgs {
     /// several times).
     #[arg(long, value_name = "TABLE_GLOB")]
     pub rekey: Vec<String>,
+    /// Merge rows of these tables as a whole, on all nodes (may be given several times).
+    ///
+    /// Of two writes of one row at once the later stays, with all its columns. Say it on one node: the others follow.
+    #[arg(long, value_name = "TABLE_GLOB")]
+    pub whole_row: Vec<String>,
+    /// Merge rows of these tables column by column again, on all nodes (may be given several times).
+    #[arg(long, value_name = "TABLE_GLOB")]
+    pub by_column: Vec<String>,
     /// How long writes that lost are kept, such as 30d or 12h [default: 90d].
     #[arg(long, value_name = "TIME")]
     pub conflicts_age: Option<String>,
@@ -252,6 +260,8 @@ impl UpArgs {
             schema,
             include: list(&self.include),
             exclude: list(&self.exclude),
+            whole_row: list(&self.whole_row),
+            by_column: list(&self.by_column),
             verify_every: self.verify_every.clone(),
             max_skew: self.max_skew.clone(),
             rekey: list(&self.rekey),

@@ -11,7 +11,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 pub use error::ConfigError;
-pub use valid::{Advertise, Config, DatabaseSpec, Join, Journal, TableFilter};
+pub use valid::{Advertise, Config, DatabaseSpec, Join, Journal, TableFilter, TableGlobs};
 
 use raw::Raw;
 

@@ -26,6 +26,8 @@ pub const KEYS: &[&str] = &[
     "schema",
     "include",
     "exclude",
+    "whole_row",
+    "by_column",
     "verify_every",
     "max_skew",
     "rekey",
@@ -74,6 +76,10 @@ pub struct Raw {
     pub max_skew: Option<String>,
     /// Globs of tables that keep both rows of an id collision.
     pub rekey: Option<Vec<String>>,
+    /// Globs of tables whose rows are merged as a whole.
+    pub whole_row: Option<Vec<String>>,
+    /// Globs of tables whose rows are merged column by column.
+    pub by_column: Option<Vec<String>>,
     /// How long conflicts are kept.
     pub conflicts_age: Option<String>,
     /// How many of them.
@@ -170,6 +176,8 @@ impl Raw {
             "include" => self.include = list(),
             "exclude" => self.exclude = list(),
             "rekey" => self.rekey = list(),
+            "whole_row" => self.whole_row = list(),
+            "by_column" => self.by_column = list(),
             "state_dir" => self.state_dir = Some(value.into()),
             "join_file" => self.join_file = Some(value.into()),
             "name" => self.name = text(),
@@ -218,6 +226,8 @@ impl Raw {
             schema: self.schema.or(below.schema),
             include: self.include.or(below.include),
             exclude: self.exclude.or(below.exclude),
+            whole_row: self.whole_row.or(below.whole_row),
+            by_column: self.by_column.or(below.by_column),
             verify_every: self.verify_every.or(below.verify_every),
             max_skew: self.max_skew.or(below.max_skew),
             rekey: self.rekey.or(below.rekey),

@@ -113,6 +113,18 @@ impl TableFilter {
     }
 }
 
+/// Some tables, by globs.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct TableGlobs(Vec<Pattern>);
+
+impl TableGlobs {
+    /// Whether a table of this name is meant. Table names have no case, as in SQLite.
+    pub fn covers(&self, table: &str) -> bool {
+        let options = MatchOptions { case_sensitive: false, ..MatchOptions::new() };
+        self.0.iter().any(|g| g.matches_with(table, options))
+    }
+}
+
 /// A node's configuration.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -144,6 +156,10 @@ pub struct Config {
     pub max_skew: Duration,
     /// Which of them keep both rows of an id collision; `None` if none is named.
     pub rekey: Option<TableFilter>,
+    /// Tables whose rows are merged as a whole, on all nodes.
+    pub whole_row: TableGlobs,
+    /// Tables whose rows are merged column by column, on all nodes.
+    pub by_column: TableGlobs,
     /// How long conflicts are kept.
     pub conflicts_age: Duration,
     /// How many of them, of each database.
@@ -186,6 +202,8 @@ pub fn validate(raw: Raw, around: &Surroundings) -> Result<Config, ConfigError> 
             none if none.is_empty() => None,
             include => Some(TableFilter { include, exclude: Vec::new() }),
         },
+        whole_row: TableGlobs(globs("whole_row", raw.whole_row)?),
+        by_column: TableGlobs(globs("by_column", raw.by_column)?),
         conflicts_age: conflicts_age(raw.conflicts_age.as_deref())?,
         conflicts_max: conflicts_max(raw.conflicts_max)?,
         log: log(raw.log)?,

@@ -34,6 +34,7 @@ CREATE TABLE IF NOT EXISTS __litemesh_log(seq INTEGER PRIMARY KEY, tbl, op, ms, 
 CREATE TABLE IF NOT EXISTS __litemesh_conflicts(id BLOB PRIMARY KEY, conflict BLOB NOT NULL, tbl TEXT NOT NULL,
   key TEXT NOT NULL, kind TEXT NOT NULL, birth TEXT NOT NULL, loser TEXT NOT NULL, winner TEXT NOT NULL,
   at_ms INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS __litemesh_option(tbl TEXT PRIMARY KEY NOT NULL, merge TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS __litemesh_schema(kind TEXT NOT NULL, tbl TEXT NOT NULL, name TEXT NOT NULL,
   gen INTEGER NOT NULL, gone INTEGER NOT NULL, pos INTEGER NOT NULL, def TEXT NOT NULL, moved TEXT,
   PRIMARY KEY(kind, tbl, name)) WITHOUT ROWID;
@@ -44,9 +45,11 @@ CREATE INDEX IF NOT EXISTS __litemesh_conflicts_of ON __litemesh_conflicts(tbl C
 ";
 
 /// Tables of ours that replicate like the application's, without triggers: what writes them logs it.
-pub const REPLICATED: [&str; 2] = [SCHEMA, CONFLICTS];
+pub const REPLICATED: [&str; 3] = [SCHEMA, OPTIONS, CONFLICTS];
 /// What the application's tables, columns, indexes, views and triggers are: the schema as it replicates.
 pub const SCHEMA: &str = "__litemesh_schema";
+/// What all nodes do alike with a table.
+pub const OPTIONS: &str = "__litemesh_option";
 /// Where the writes that lost are kept.
 pub const CONFLICTS: &str = "__litemesh_conflicts";
 

@@ -98,6 +98,10 @@ fn merge_column<'a>(ours: &'a Row, theirs: &'a Row, column: ColumnId) -> (Versio
 }
 
 #[cfg(test)]
+#[path = "merge_tests.rs"]
+mod histories;
+
+#[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 

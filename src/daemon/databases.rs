@@ -22,6 +22,7 @@ use crate::fabric::link::Outgoing;
 use crate::replica::clock::steady_ms;
 use crate::replica::conflict::Retention;
 use crate::replica::engine::Engine;
+use crate::replica::merging::Merging;
 use crate::replica::store::Store;
 use crate::replica::watch::FileWatch;
 use crate::replica::worker::{Report, Worker, WorkerHandle};
@@ -128,7 +129,12 @@ impl Starter<'_> {
             Some(lock) => lock,
             None => lock_database(&path)?,
         };
-        let store = self.open(&name, &path)?;
+        let mut store = self.open(&name, &path)?;
+        let (whole, columns) = (self.config.whole_row.clone(), self.config.by_column.clone());
+        store.set_merging(Merging {
+            whole_row: Box::new(move |t| whole.covers(t)),
+            by_column: Box::new(move |t| columns.covers(t)),
+        })?;
         store.name_site(store.head().site, self.config.name.as_str())?;
         let mut engine = Engine::new(name.clone(), store, &self.state.spool());
         engine.keep_conflicts(Retention {

@@ -293,6 +293,7 @@ fn describe(
         conflicts: conflicts.open,
         id_collisions: conflicts.collisions,
         collision_children: conflicts.children,
+        whole_row_tables: store.whole_row_tables().unwrap_or_default(),
         conflicts_pruned: counters.conflicts_pruned,
         null_key_rows: store.null_keys(),
         state_rows,

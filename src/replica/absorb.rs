@@ -116,6 +116,7 @@ impl Store {
     }
 
     fn absorb_mixed(&mut self, plan: &Arc<Plan>, version: Version) -> Result<()> {
+        let whole = self.is_whole(plan)?;
         let Self { conn, sites, head, .. } = self;
         let mut statement = conn.prepare_cached(&plan.log)?;
         let mut rows = statement.query([plan.table.id])?;
@@ -135,7 +136,10 @@ impl Store {
                     let mask = masks.get(*c as usize / MASK_BITS).copied().flatten().unwrap_or(0);
                     mask & (1 << (*c as usize % MASK_BITS)) != 0
                 };
-                Ok(plan.table.columns.iter().map(|c| c.id).filter(changed).collect())
+                let all = plan.table.columns.iter().map(|c| c.id);
+                // Of a row that is merged as a whole an update writes all.
+                let all_of_it = whole && all.clone().any(|c| changed(&c));
+                Ok(all.filter(|c| all_of_it || changed(c)).collect())
             };
             if op == OP_SUSPECT && row_exists(conn, plan, &key)? {
                 continue;

@@ -120,6 +120,7 @@ pub(super) fn refresh(store: &mut Store, cause: Cause) -> Result<()> {
     if adopted != Some(1) {
         Store::set_meta(&store.conn, "adopted", 1)?;
     }
+    store.decide_merging()?;
     let replicated = store.plans().map(|p| p.table.name.to_lowercase()).collect();
     let notes = place_temp_triggers(&store.conn, &schema, &replicated)?;
     store.notes.extend(notes);

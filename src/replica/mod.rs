@@ -15,6 +15,7 @@ pub mod dates;
 pub mod engine;
 pub mod entry;
 pub mod materialize;
+pub mod merging;
 pub mod page;
 pub mod plan;
 pub mod registry;

@@ -100,7 +100,7 @@ fn write_mark(column: &str, version: Version) -> String {
 pub fn conflicts(conn: &Connection) -> Result<Vec<Conflict>> {
     let sql = format!("SELECT {} FROM __litemesh_conflicts ORDER BY id", Entry::COLUMNS);
     let mut statement = conn.prepare_cached(&sql)?;
-    let entries = statement.query_map([], |row| Entry::read(row))?;
+    let entries = statement.query_map([], Entry::read)?;
     let mut groups: BTreeMap<EntryId, Vec<Entry>> = BTreeMap::new();
     for entry in entries {
         let entry = entry?;

@@ -11,6 +11,7 @@ use rusqlite::{Connection, OptionalExtension};
 use super::adopt::{self, Cause};
 use super::children::Touched;
 use super::conflict::ConflictCounts;
+use super::merging::Merging;
 use super::plan::Plan;
 use super::rekey::{self, Links, Moves};
 use super::schema::{Kind, ObjectKey};
@@ -51,6 +52,8 @@ pub struct Store {
     pub(super) links: Arc<Links>,
     /// What moved in the transaction at hand.
     pub(super) moves: Moves,
+    /// What this node's operator says about merging.
+    pub(super) merging: Option<Merging>,
     /// Parents' keys that got another row in the transaction at hand, by number of the table.
     pub(super) collided: Vec<(i64, i64)>,
     /// Rows that came in the transaction at hand and refer to such a key.
@@ -112,6 +115,7 @@ impl Store {
             keep_both: None,
             links: Arc::default(),
             moves: Moves::new(),
+            merging: None,
             collided: Vec::new(),
             touched: Vec::new(),
             counted: Cell::new(None),

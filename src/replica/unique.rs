@@ -5,6 +5,7 @@
 //! Rows of one commit that swap values are taken out and put in. What is done to a loser is an ordinary write of
 //! this node: it goes into the log, and the next absorb tells the others.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::apply::{Deferred, is_unique_violation};
@@ -13,9 +14,9 @@ use super::store::Store;
 use super::{ReplicaError, Result};
 use crate::core::capture::{OP_DELETE, OP_UPDATE};
 use crate::core::conflict::{Kind, Loss, all_versions};
-use crate::core::merge::Row;
+use crate::core::merge::{ColumnId, Row};
 use crate::core::schema::Column;
-use crate::core::sqltext::{ident, list};
+use crate::core::sqltext::{ident, list, tokens};
 use crate::core::value::{Value, ValueRef};
 use crate::core::version::Version;
 
@@ -38,35 +39,48 @@ impl Store {
     }
 
     fn place(&mut self, d: &Deferred) -> Result<()> {
-        // Each round takes one row out of the way, so it ends; a bound keeps a bug from spinning.
+        let mut row = d.row.clone();
+        let (mut without, mut seen) = (Vec::new(), BTreeMap::new());
+        // Each round takes a row or a value out of the way, so it ends; a bound keeps a bug from spinning.
         for _ in 0..10_000 {
-            let error = match self.insert_row(&d.plan, &refs(&d.key), &d.row) {
+            let error = match self.insert_row(&d.plan, &refs(&d.key), &row) {
                 Err(ReplicaError::Sqlite(e)) if is_unique_violation(&e) => e,
+                Ok(()) if !without.is_empty() => return self.log_own(&d.plan, &d.key, OP_UPDATE, &without),
                 result => return result,
             };
-            let ours = (d.row.state.birth, &d.key);
+            let ours = (row.state.birth, &d.key);
             let mut blockers = Vec::new();
-            for key in self.blockers(d)? {
+            for key in self.blockers(d, &row)? {
                 if let (Some(row), _) = self.local_row(&d.plan, &refs(&key))? {
-                    blockers.push((key, row));
+                    // One that gave way in one column before is kept as it was.
+                    let as_it_was: &Row = seen.entry(key.clone()).or_insert_with(|| row.clone());
+                    blockers.push((key, row, as_it_was.clone()));
                 }
             }
             let earliest =
                 blockers.iter().min_by(|a, b| (a.1.state.birth, &a.0).cmp(&(b.1.state.birth, &b.0)));
-            let Some((_, winner)) = earliest.filter(|(key, row)| (row.state.birth, key) < ours) else {
-                for (key, row) in &blockers {
+            let Some((_, winner, _)) = earliest.filter(|(key, row, _)| (row.state.birth, key) < ours) else {
+                for (key, row, as_it_was) in &blockers {
                     self.conn.prepare_cached(&d.plan.delete_row)?.execute(rusqlite::params_from_iter(key))?;
-                    self.keep_loser(&d.plan, key, row, d.row.state.birth, &error)?;
+                    self.give_way(&d.plan, key, (row, as_it_was), d.row.state.birth, &error)?;
                 }
                 continue;
             };
-            return self.keep_loser(&d.plan, &d.key, &d.row, winner.state.birth, &error);
+            let winner = winner.state.birth;
+            match blamed(&d.plan, &row, &error) {
+                Some(column) => {
+                    self.keep_value(&d.plan, &d.key, &d.row, column, winner)?;
+                    row.values.insert(column, Value::Null);
+                    without.push(column);
+                }
+                None => return self.keep_row(&d.plan, &d.key, &d.row, winner),
+            }
         }
         Err(ReplicaError::Unfit(format!("rows of table {:?} cannot be put in", d.plan.table.name)))
     }
 
     /// The keys of the rows that stand in the way: those that REPLACE would remove, in a savepoint that is undone.
-    fn blockers(&mut self, d: &Deferred) -> Result<Vec<Vec<Value>>> {
+    fn blockers(&mut self, d: &Deferred, row: &Row) -> Result<Vec<Vec<Value>>> {
         let keys = list(0..d.key.len(), |i| format!("k{i}"));
         let old = list(&d.plan.table.key, |k| format!("OLD.{}", k.sql));
         self.conn.execute_batch(&format!(
@@ -75,17 +89,17 @@ impl Store {
                BEGIN INSERT INTO __litemesh_displaced VALUES({old}); END;",
             ident(&d.plan.table.name)
         ))?;
-        let found = self.displaced(d, &keys);
+        let found = self.displaced(d, row, &keys);
         self.conn.execute_batch("ROLLBACK TO blockers; RELEASE blockers; PRAGMA recursive_triggers = OFF")?;
         found
     }
 
-    fn displaced(&self, d: &Deferred, keys: &str) -> Result<Vec<Vec<Value>>> {
+    fn displaced(&self, d: &Deferred, row: &Row, keys: &str) -> Result<Vec<Vec<Value>>> {
         // Only with this setting do delete triggers fire for what REPLACE removes.
         self.conn.pragma_update(None, "recursive_triggers", true)?;
         let known = d.plan.table.columns.iter().enumerate();
         let known: Vec<(usize, &Value)> =
-            known.filter_map(|(i, c)| Some((i, d.row.values.get(&c.id)?))).collect();
+            known.filter_map(|(i, c)| Some((i, row.values.get(&c.id)?))).collect();
         let places: Vec<usize> = known.iter().map(|(i, _)| *i).collect();
         let insert = d.plan.insert_row(&places).replacen("INSERT INTO", "INSERT OR REPLACE INTO", 1);
         let params = rusqlite::params_from_iter(d.key.iter().chain(known.iter().map(|(_, v)| *v)));
@@ -97,42 +111,70 @@ impl Store {
         Ok(rows.collect::<rusqlite::Result<_>>()?)
     }
 
-    /// Keeps a row that lost: without the value if the column may be NULL, else as a conflict only.
-    fn keep_loser(
+    /// A row that is taken out of the way comes back without a value, if that can be; else it is gone.
+    fn give_way(
         &mut self,
         plan: &Arc<Plan>,
         key: &[Value],
-        row: &Row,
+        (row, as_it_was): (&Row, &Row),
         winner: Version,
         error: &rusqlite::Error,
     ) -> Result<()> {
-        for column in blamed(plan, error).filter(|c| !c.not_null) {
-            let mut without = row.clone();
-            without.values.insert(column.id, Value::Null);
-            match self.insert_row(plan, &refs(key), &without) {
-                Ok(()) => {
-                    let mut loss = Loss::of_columns(Kind::Unique, row.state.birth, winner);
-                    let value = row.values.get(&column.id).unwrap_or(&Value::Null);
-                    loss.add(column.id, row.state.column(column.id), value);
-                    self.keep_conflict(plan, &refs(key), &loss)?;
-                    return self.log_own(plan, key, OP_UPDATE, &[column.id]);
-                }
-                Err(ReplicaError::Sqlite(e)) if is_unique_violation(&e) => {}
-                Err(e) => return Err(e),
+        let Some(column) = blamed(plan, row, error) else {
+            return self.keep_row(plan, key, as_it_was, winner);
+        };
+        let mut without = row.clone();
+        without.values.insert(column, Value::Null);
+        match self.insert_row(plan, &refs(key), &without) {
+            Ok(()) => {
+                self.keep_value(plan, key, as_it_was, column, winner)?;
+                self.log_own(plan, key, OP_UPDATE, &[column])
             }
+            // Without the value another index takes it in.
+            Err(ReplicaError::Sqlite(e)) if is_unique_violation(&e) => {
+                self.keep_row(plan, key, as_it_was, winner)
+            }
+            Err(e) => Err(e),
         }
+    }
+
+    fn keep_value(
+        &mut self,
+        plan: &Plan,
+        key: &[Value],
+        row: &Row,
+        column: ColumnId,
+        winner: Version,
+    ) -> Result<()> {
+        let mut loss = Loss::of_columns(Kind::Unique, row.state.birth, winner);
+        loss.add(column, row.state.column(column), row.values.get(&column).unwrap_or(&Value::Null));
+        self.keep_conflict(plan, &refs(key), &loss)
+    }
+
+    /// The row is not in the table any more.
+    fn keep_row(&mut self, plan: &Plan, key: &[Value], row: &Row, winner: Version) -> Result<()> {
         self.keep_conflict(plan, &refs(key), &Loss::of_row(Kind::Unique, row, all_versions(row), winner))?;
         self.log_own(plan, key, OP_DELETE, &[])
     }
 }
 
-/// The columns that SQLite names in `UNIQUE constraint failed: t.a, t.b`; none for an index on expressions.
-fn blamed<'p>(plan: &'p Plan, error: &rusqlite::Error) -> impl Iterator<Item = &'p Column> {
+/// The column that may become NULL so that the row fits: the first of the index that SQLite names, as in
+/// `UNIQUE constraint failed: t.a, t.b`, or `index 'i'` for one on expressions.
+fn blamed(plan: &Plan, row: &Row, error: &rusqlite::Error) -> Option<ColumnId> {
     let text = error.to_string();
-    let text = text.split_once("failed: ").map_or(String::new(), |(_, names)| names.to_owned());
+    let text = text.split_once("failed: ").map_or("", |(_, names)| names);
     let prefix = format!("{}.", plan.table.name);
-    plan.table
-        .columns
-        .iter()
-        .filter(move |c| text.split(", ").any(|n| n.strip_prefix(&prefix) == Some(&c.name)))
+    let index = text.strip_prefix("index '").and_then(|t| t.strip_suffix('\''));
+    let index = index.and_then(|name| plan.table.uniques.iter().find(|u| u.name == name));
+    let named = |c: &&Column| match index {
+        Some(index) => index.terms.iter().any(|term| mentions(term, &c.name)),
+        None => text.split(", ").any(|n| n.strip_prefix(&prefix) == Some(&c.name)),
+    };
+    let filled = |c: &&Column| row.values.get(&c.id).is_some_and(|v| *v != Value::Null);
+    plan.table.columns.iter().filter(|c| !c.not_null).filter(filled).find(named).map(|c| c.id)
+}
+
+/// Whether an expression has the column's name in it.
+fn mentions(term: &str, column: &str) -> bool {
+    tokens(term).iter().any(|t| t.name().eq_ignore_ascii_case(column))
 }

@@ -150,6 +150,9 @@ pub struct DatabaseStatus {
     /// Rows that refer to one of those by a foreign key.
     #[serde(default)]
     pub collision_children: u64,
+    /// Tables whose rows are merged as a whole.
+    #[serde(default)]
+    pub whole_row_tables: Vec<String>,
     /// Conflicts that this node removed because they were too old or too many.
     #[serde(default)]
     pub conflicts_pruned: u64,

@@ -275,3 +275,32 @@ fn old_and_too_many_conflicts_go_on_every_node() {
         });
     }
 }
+
+#[test]
+fn rows_merged_as_a_whole_are_not_mixed_on_any_node() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut a, mut b) = (Node::new(dir.path(), "a", &["app.db"]), Node::new(dir.path(), "b", &["app.db"]));
+    a.exec("app.db", SCHEMA);
+    a.extra = vec!["--whole-row".into(), "ORD*".into()];
+    a.start(None);
+    b.start(Some(&a.token()));
+    let whole = |n: &Node| n.status()["databases"][0]["whole_row_tables"] == json!(["orders"]);
+    wait_for("both know", || whole(&a) && whole(&b));
+    b.stop();
+    a.exec("app.db", "UPDATE orders SET item = 'of a' WHERE id = 1");
+    std::thread::sleep(std::time::Duration::from_millis(5));
+    b.exec("app.db", "UPDATE orders SET n = 7 WHERE id = 1");
+    b.start(None);
+    a.sync();
+    b.sync();
+    wait_equal(&[&a, &b], "app.db");
+    assert_eq!(ask(&a, "SELECT item || n FROM orders"), "first7", "b's row stays, with all its columns");
+    wait_for("what a wrote is kept", || list(&b, &[]).len() == 1);
+    assert_eq!(only(&b, "orders")["lost"]["item"], "of a");
+    // The other node takes it back.
+    b.stop();
+    b.extra = vec!["--by-column".into(), "orders".into()];
+    b.start(None);
+    let none = |n: &Node| n.status()["databases"][0]["whole_row_tables"] == json!([]);
+    wait_for("both know", || none(&a) && none(&b));
+}

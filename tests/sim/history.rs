@@ -127,13 +127,22 @@ pub enum Tables {
     Uniques,
     /// Few rows, whose every write is followed.
     Followed,
+    /// The same, with rows that are merged as a whole.
+    FollowedWhole,
+}
+
+impl Tables {
+    /// Whether the truth follows every write.
+    pub fn are_followed(self) -> bool {
+        matches!(self, Self::Followed | Self::FollowedWhole)
+    }
 }
 
 const CALM: Weather = Weather { drop: 0.0, duplicate: 0.0, max_delay_ms: 5 };
 const STORM: Weather = Weather { drop: 0.15, duplicate: 0.15, max_delay_ms: 400 };
 
 /// The worlds there are.
-pub const WORLDS: [Options; 5] = [
+pub const WORLDS: [Options; 6] = [
     Options {
         name: "good-network",
         nodes: (2, 4),
@@ -173,6 +182,16 @@ pub const WORLDS: [Options; 5] = [
         kills: 0.04,
         moves: 0.0,
         tables: Tables::Followed,
+    },
+    Options {
+        name: "whole-rows",
+        nodes: (2, 4),
+        steps: 50,
+        weather: STORM,
+        cuts: 0.05,
+        kills: 0.04,
+        moves: 0.0,
+        tables: Tables::FollowedWhole,
     },
     Options {
         name: "conflicts-and-moves",
@@ -251,7 +270,7 @@ impl Maker {
             add(0, What::Leave { node: b });
         }
         // Whoever follows every write would have to follow those that a restored file makes again.
-        if self.options.tables != Tables::Followed && r.random_bool(self.options.moves * 2.0) {
+        if !self.options.tables.are_followed() && r.random_bool(self.options.moves * 2.0) {
             add(0, if r.random_bool(0.5) { What::Backup { node: a } } else { What::Restore { node: a } });
         }
         let (node, rollback) = (r.random_range(0..self.nodes), r.random_bool(0.1));
@@ -266,7 +285,7 @@ impl Maker {
             Tables::Many => Op::Sql(self.many(node)),
             Tables::Uniques if self.random.random_bool(0.6) => Op::Sql(self.unique()),
             Tables::Uniques => Op::Sql(self.many(node)),
-            Tables::Followed => self.followed(),
+            Tables::Followed | Tables::FollowedWhole => self.followed(),
         }
     }
 

@@ -18,6 +18,7 @@ mod rekey_scripted;
 mod scripted;
 mod site;
 mod truth;
+mod uniques;
 mod world;
 
 use std::collections::BTreeSet;
@@ -109,27 +110,32 @@ fn tell(history: &History, keep: &BTreeSet<usize>) -> String {
 
 #[test]
 fn nodes_converge_over_a_good_network() {
-    run("good-network", 200);
+    run("good-network", 300);
 }
 
 #[test]
 fn nodes_converge_over_a_bad_network_with_cuts_and_kills() {
-    run("bad-network", 600);
+    run("bad-network", 500);
 }
 
 #[test]
 fn unique_constraints_converge() {
-    run("uniques", 600);
+    run("uniques", 500);
 }
 
 #[test]
 fn conflicts_are_kept_exactly_when_writes_were_concurrent() {
-    run("conflicts", 1_000);
+    run("conflicts", 1_200);
 }
 
 #[test]
 fn conflicts_are_kept_while_nodes_join_and_leave() {
-    run("conflicts-and-moves", 600);
+    run("conflicts-and-moves", 800);
+}
+
+#[test]
+fn rows_merged_as_a_whole_converge_and_lose_nothing() {
+    run("whole-rows", 400);
 }
 
 #[test]

@@ -11,7 +11,7 @@ use rusqlite::backup::Backup;
 use crate::site::{SCHEMA, START_MS, Site, duo};
 
 /// Everybody says what it holds, and they talk until all is the same.
-fn meet(sites: &mut [&mut Site], start_ms: u64) {
+pub fn meet(sites: &mut [&mut Site], start_ms: u64) {
     for round in 0..6 {
         let now_ms = start_ms + round * 21_000;
         sites.iter_mut().for_each(|s| s.engine.announce(now_ms));

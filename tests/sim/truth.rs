@@ -43,6 +43,14 @@ impl Pending {
 }
 
 impl Pending {
+    /// An update of a row that is merged as a whole writes all of it.
+    pub fn written_whole(mut self, whole: bool) -> Self {
+        if whole && !self.changed.is_empty() {
+            self.changed = self.after.iter().flatten().map(|(name, _)| name.clone()).collect();
+        }
+        self
+    }
+
     /// An update that changes nothing is none.
     pub fn says_something(&self) -> bool {
         self.what != Effect::Update || !self.changed.is_empty()

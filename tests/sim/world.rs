@@ -11,8 +11,9 @@ use litemesh::core::version::{SiteId, Version};
 use litemesh::fabric::link::{Incoming, Outgoing};
 use litemesh::fabric::memory::{MemoryFabric, Weather};
 use litemesh::replica::engine::{Action, Engine};
+use litemesh::replica::merging::Merging;
 use litemesh::replica::send::{MessageAssembler, commit_pieces, message_pieces};
-use litemesh::replica::store::Store;
+use litemesh::replica::store::{Store, TableFilter};
 use litemesh::replica::{adopt, copy};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -131,7 +132,7 @@ impl World {
             let schema: &[&str] = match world.tables {
                 Tables::Many => &[SCHEMA],
                 Tables::Uniques => &[SCHEMA, UNIQUE],
-                Tables::Followed => &[FOLLOWED],
+                Tables::Followed | Tables::FollowedWhole => &[FOLLOWED],
             };
             schema.iter().for_each(|s| app.execute_batch(s).unwrap());
             let site = world.site();
@@ -172,7 +173,13 @@ impl World {
             return;
         }
         let conn = Connection::open(&node.uri).unwrap();
-        let store = Store::with_connection(conn, &spool(), Box::new(|_| true), Default::default()).unwrap();
+        let mut store =
+            Store::with_connection(conn, &spool(), Box::new(|_| true), Default::default()).unwrap();
+        if self.tables == Tables::FollowedWhole {
+            let (whole_row, by_column): (TableFilter, TableFilter) =
+                (Box::new(|_| true), Box::new(|_| false));
+            store.set_merging(Merging { whole_row, by_column }).unwrap();
+        }
         node.engine = Some(Engine::new(db(), store, &spool()));
         node.messages = MessageAssembler::default();
         self.net.up(&node.name);
@@ -312,7 +319,8 @@ impl World {
                     let before = Truth::row(&node.app, table, key);
                     let done = node.app.execute(sql, []).unwrap_or(0);
                     let after = Truth::row(&node.app, table, key);
-                    let new = Pending::new(table, key, *what, before, after, &seen);
+                    let whole = self.tables == Tables::FollowedWhole;
+                    let new = Pending::new(table, key, *what, before, after, &seen).written_whole(whole);
                     pending.extend(Some(new).filter(|p| done > 0 && p.says_something()));
                 }
             }
@@ -446,7 +454,7 @@ impl World {
         }
         let first = dumps[0].0;
         let vector = &first.engine.as_ref().unwrap().store().head().vector;
-        if self.tables == Tables::Followed {
+        if self.tables.are_followed() {
             return self.truth.check(&first.app, vector);
         }
         let mine: BTreeSet<&str> = expected["mine"].iter().map(|r| r.split('|').next().unwrap()).collect();
