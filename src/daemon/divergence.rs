@@ -96,8 +96,10 @@ impl Tally {
     /// not found has it as this node has.
     pub fn rows(mut self, compared: &[NodeName]) -> Vec<Divergent> {
         let here = self.here.clone();
-        let rows = std::mem::take(&mut self.rows).into_values();
-        let mut rows: Vec<Divergent> = rows
+        let values = |key: &Key| key.iter().map(Cell::to_value).collect::<Vec<_>>();
+        let mut rows: Vec<Row> = std::mem::take(&mut self.rows).into_values().collect();
+        rows.sort_by_cached_key(|r| (r.finding.layout.table.clone(), values(&r.finding.key)));
+        rows.into_iter()
             .map(|mut row| {
                 let ours = row.content[&here].clone();
                 for node in compared {
@@ -105,9 +107,7 @@ impl Tally {
                 }
                 describe(row)
             })
-            .collect();
-        rows.sort_by(|a, b| (&a.table, a.key.to_string()).cmp(&(&b.table, b.key.to_string())));
-        rows
+            .collect()
     }
 }
 

@@ -18,9 +18,6 @@ use crate::replica::repair::{Fate, Restamp};
 use crate::replica::verify::Owner;
 use crate::replica::worker::WorkerHandle;
 
-/// How far ahead rows that are written again are dated: peers write later ones from when they are asked, and all of
-/// them have to be asked until then.
-const AHEAD_MS: u64 = 5_000;
 /// How often rows are tried again when that time was too short.
 const TRIES: u32 = 5;
 /// How many repaired rows are named.
@@ -83,7 +80,7 @@ impl Repair<'_> {
         let mut tries = 0;
         loop {
             tries += 1;
-            let clock_ms = self.worker.clock_ms()? + AHEAD_MS;
+            let clock_ms = self.worker.repair_date_ms()?;
             let mut peers = Vec::new();
             for peer in &mut self.peers {
                 let lookup =
@@ -239,7 +236,7 @@ impl Router {
                 Ok(VerifyMessage::Repaired { result, .. }) => break result,
                 Ok(_) => heard = Instant::now(),
                 Err(_) if self.verifier.is_ending() => break Err("this node is ending".to_owned()),
-                Err(_) if heard.elapsed() > SIGN_PATIENCE => {
+                Err(_) if heard.elapsed() > SIGN_PATIENCE || self.is_gone(from, heard) => {
                     break Err(format!(
                         "node {from} does not answer: what it has repaired so far stays so; run it again"
                     ));
@@ -249,6 +246,11 @@ impl Router {
         };
         self.verifier.unexpect(request);
         result.map_err(|why| format!("node {from}: {why}"))
+    }
+
+    /// Whether a node that was to give a sign is not there any more.
+    fn is_gone(&self, node: &NodeName, heard: Instant) -> bool {
+        heard.elapsed() > SIGN_EVERY * 3 && !self.is_live(node)
     }
 
     /// Does what another node asks for, and tells it from time to time that it is at work.

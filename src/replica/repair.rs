@@ -16,6 +16,10 @@ use crate::core::vector::Vector;
 use crate::core::verify::{Cell, Key};
 use crate::core::version::{Hlc, Version};
 
+/// How far ahead rows that are written again are dated: peers write later ones from when they are asked, and all of
+/// them have to be asked until then.
+pub const REPAIR_AHEAD_MS: u64 = 5_000;
+
 /// Rows to be written again.
 pub struct Restamp {
     /// Their table.

@@ -12,7 +12,7 @@ use super::adopt::place_triggers;
 use super::clock::steady_ms;
 use super::engine::Engine;
 use super::plan::Plan;
-use super::repair::{Fate, Restamp};
+use super::repair::{Fate, REPAIR_AHEAD_MS, Restamp};
 use super::shadow::Sites;
 use super::store::Store;
 use super::worker::WorkerHandle;
@@ -51,8 +51,8 @@ pub trait Owner {
     fn snapshot(&self) -> Result<Connection>;
     /// What all files of the database share.
     fn lineage(&self) -> Result<u64>;
-    /// The file's clock, or this node's if it is later, in milliseconds since 1970.
-    fn clock_ms(&self) -> Result<u64>;
+    /// The date for rows to be written again: later than all in the file, and some time ahead of the mesh's clock.
+    fn repair_date_ms(&self) -> Result<u64>;
     /// Writes rows again where they differ from the peers'.
     fn restamp(&self, order: Restamp) -> Result<Vec<Fate>>;
 }
@@ -276,6 +276,12 @@ impl Engine {
         Ok(())
     }
 
+    /// See [`Owner::repair_date_ms`].
+    pub fn repair_date_ms(&self, now_ms: u64) -> u64 {
+        // Not ahead of the last repair's date by as much again: many of them would carry the clock away.
+        (self.clocks().mesh_ms(now_ms) + REPAIR_AHEAD_MS).max(self.store().head().hlc.ms() + 1)
+    }
+
     /// Writes rows again; see [`Store::restamp`].
     pub fn restamp(&mut self, order: &Restamp) -> Result<Vec<Fate>> {
         let (own, fates) = self.store_mut().restamp(order)?;
@@ -311,9 +317,8 @@ impl Owner for WorkerHandle {
         self.call(|e| e.store().head().lineage).ok_or(ReplicaError::Ended)
     }
 
-    fn clock_ms(&self) -> Result<u64> {
-        let ms = |e: &mut Engine| e.store().head().hlc.ms().max(e.clocks().mesh_ms(steady_ms()));
-        self.call(ms).ok_or(ReplicaError::Ended)
+    fn repair_date_ms(&self) -> Result<u64> {
+        self.call(|e| e.repair_date_ms(steady_ms())).ok_or(ReplicaError::Ended)
     }
 
     fn restamp(&self, order: Restamp) -> Result<Vec<Fate>> {

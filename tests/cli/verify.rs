@@ -214,9 +214,16 @@ fn while_both_write_only_what_is_different_is_told_and_repaired() {
     a.start(None);
     // Whoever asked is told, once the new process does not know of it, or nothing was left to be done.
     drop(repairing);
-    wait_for("all is repaired", || run(&b, &["repair", "app", "--from", "a"]).0 == Some(0));
+    // All of them in one go: rows that are being written at that moment may be left.
+    let (code, text) = run(&b, &["repair", "app", "--from", "a"]);
+    assert!(code == Some(0) || text.contains("are left as they are"), "{text}");
+    assert!(negative(&b) < 500, "{text}");
     stop.store(true, Ordering::Relaxed);
     writers.into_iter().for_each(|w| w.join().unwrap());
+    a.sync();
+    b.sync();
+    let (code, text) = run(&b, &["repair", "app", "--from", "a"]);
+    assert_eq!(code, Some(0), "{text}");
     wait_equal(&[&a, &b], "app.db");
     assert_eq!((negative(&a), negative(&b)), (0, 0));
     assert_eq!(run(&a, &["verify"]).0, Some(0));

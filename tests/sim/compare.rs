@@ -62,10 +62,10 @@ impl Owner for Member {
         Ok(self.world.borrow_mut().engine(self.node).store().head().lineage)
     }
 
-    fn clock_ms(&self) -> Result<u64, ReplicaError> {
+    fn repair_date_ms(&self) -> Result<u64, ReplicaError> {
         let mut world = self.world.borrow_mut();
         let now_ms = world.now_ms();
-        Ok(world.engine(self.node).store().head().hlc.ms().max(now_ms))
+        Ok(world.engine(self.node).repair_date_ms(now_ms))
     }
 
     fn restamp(&self, order: Restamp) -> Result<Vec<Fate>, ReplicaError> {
@@ -289,7 +289,7 @@ fn repair(world: &Shared, right: usize, other: usize, nodes: usize, busy: bool) 
         let layout = findings[0].layout.clone();
         for batch in batches(findings.into_iter().map(|f| (f.key, ())).collect()) {
             let keys: Vec<Key> = batch.into_iter().map(|(k, ())| k).collect();
-            let clock_ms = owner.clock_ms().unwrap() + 5_000;
+            let clock_ms = owner.repair_date_ms().unwrap();
             let mut peers = Vec::new();
             for peer in (0..nodes).filter(|n| *n != right) {
                 let lookup =
