@@ -105,6 +105,8 @@ fn every_key_can_be_set_in_the_file_and_in_the_environment() {
         "client" | "http" => "'localhost:0'",
         "advertise" => "'[::1]:7'",
         "journal" => "'keep'",
+        "verify_every" => "'1h'",
+        "max_skew" => "'60s'",
         "schema" => "'manual'",
         "log" => "'warn,litemesh=debug'",
         _ => "'word'",
