@@ -5,7 +5,7 @@
 //! Rows of one commit that swap values are taken out and put in. What is done to a loser is an ordinary write of
 //! this node: it goes into the log, and the next absorb tells the others.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use super::apply::{Deferred, is_unique_violation};
@@ -24,6 +24,21 @@ fn refs(key: &[Value]) -> Vec<ValueRef<'_>> {
     key.iter().map(Value::as_ref).collect()
 }
 
+/// A row that is to be put in.
+struct Placing {
+    plan: Arc<Plan>,
+    key: Vec<Value>,
+    /// As it is to be put in.
+    row: Row,
+    /// As it was before it gave way in any column.
+    as_it_was: Row,
+    /// The columns in which it did.
+    without: Vec<ColumnId>,
+}
+
+/// Rows that gave way in this transaction, as they were: number of the table and key.
+type Originals = BTreeMap<(i64, Vec<Value>), Row>;
+
 impl Store {
     /// Puts in the rows that did not go in one by one.
     pub(super) fn place_deferred(&mut self, mut deferred: Vec<Deferred>) -> Result<()> {
@@ -32,55 +47,85 @@ impl Store {
             self.conn.prepare_cached(&d.plan.delete_row)?.execute(params)?;
         }
         deferred.sort_by(|a, b| (a.row.state.birth, &a.key).cmp(&(b.row.state.birth, &b.key)));
-        for d in &deferred {
-            self.place(d)?;
+        let placing = |Deferred { plan, key, row }| Placing {
+            plan,
+            key,
+            as_it_was: row.clone(),
+            row,
+            without: Vec::new(),
+        };
+        let mut queue: VecDeque<Placing> = deferred.into_iter().map(placing).collect();
+        let mut originals = Originals::new();
+        while let Some(next) = queue.pop_front() {
+            self.place(next, &mut queue, &mut originals)?;
         }
         Ok(())
     }
 
-    fn place(&mut self, d: &Deferred) -> Result<()> {
-        let mut row = d.row.clone();
-        let (mut without, mut seen) = (Vec::new(), BTreeMap::new());
+    fn place(
+        &mut self,
+        mut p: Placing,
+        queue: &mut VecDeque<Placing>,
+        originals: &mut Originals,
+    ) -> Result<()> {
         // Each round takes a row or a value out of the way, so it ends; a bound keeps a bug from spinning.
         for _ in 0..10_000 {
-            let error = match self.insert_row(&d.plan, &refs(&d.key), &row) {
+            let error = match self.insert_row(&p.plan, &refs(&p.key), &p.row) {
                 Err(ReplicaError::Sqlite(e)) if is_unique_violation(&e) => e,
-                Ok(()) if !without.is_empty() => return self.log_own(&d.plan, &d.key, OP_UPDATE, &without),
+                Ok(()) if !p.without.is_empty() => {
+                    return self.log_own(&p.plan, &p.key, OP_UPDATE, &p.without);
+                }
                 result => return result,
             };
-            let ours = (row.state.birth, &d.key);
+            let ours = (p.row.state.birth, &p.key);
             let mut blockers = Vec::new();
-            for key in self.blockers(d, &row)? {
-                if let (Some(row), _) = self.local_row(&d.plan, &refs(&key))? {
-                    // One that gave way in one column before is kept as it was.
-                    let as_it_was: &Row = seen.entry(key.clone()).or_insert_with(|| row.clone());
-                    blockers.push((key, row, as_it_was.clone()));
+            for key in self.blockers(&p)? {
+                if let (Some(row), _) = self.local_row(&p.plan, &refs(&key))? {
+                    blockers.push((key, row));
                 }
             }
             let earliest =
                 blockers.iter().min_by(|a, b| (a.1.state.birth, &a.0).cmp(&(b.1.state.birth, &b.0)));
-            let Some((_, winner, _)) = earliest.filter(|(key, row, _)| (row.state.birth, key) < ours) else {
-                for (key, row, as_it_was) in &blockers {
-                    self.conn.prepare_cached(&d.plan.delete_row)?.execute(rusqlite::params_from_iter(key))?;
-                    self.give_way(&d.plan, key, (row, as_it_was), d.row.state.birth, &error)?;
+            if let Some((_, winner)) = earliest.filter(|(key, row)| (row.state.birth, key) < ours) {
+                if !self.give_way(&mut p, winner.state.birth, &error)? {
+                    return Ok(());
                 }
                 continue;
-            };
-            let winner = winner.state.birth;
-            match blamed(&d.plan, &row, &error) {
-                Some(column) => {
-                    self.keep_value(&d.plan, &d.key, &d.row, column, winner)?;
-                    row.values.insert(column, Value::Null);
-                    without.push(column);
+            }
+            for (key, row) in blockers {
+                self.conn.prepare_cached(&p.plan.delete_row)?.execute(rusqlite::params_from_iter(&key))?;
+                // One that gave way in a column before is kept as it was then.
+                let of = (p.plan.table.id, key.clone());
+                let as_it_was = originals.entry(of).or_insert_with(|| row.clone()).clone();
+                let mut loser = Placing { plan: p.plan.clone(), key, row, as_it_was, without: Vec::new() };
+                if self.give_way(&mut loser, p.row.state.birth, &error)? {
+                    queue.push_back(loser);
                 }
-                None => return self.keep_row(&d.plan, &d.key, &d.row, winner),
             }
         }
-        Err(ReplicaError::Unfit(format!("rows of table {:?} cannot be put in", d.plan.table.name)))
+        Err(ReplicaError::Unfit(format!("rows of table {:?} cannot be put in", p.plan.table.name)))
+    }
+
+    /// A row that lost, and is not in the table: without a value it may try again; if it has none to give, it is gone.
+    fn give_way(&mut self, p: &mut Placing, winner: Version, error: &rusqlite::Error) -> Result<bool> {
+        let birth = p.row.state.birth;
+        if let Some(column) = blamed(&p.plan, &p.row, error) {
+            let mut loss = Loss::of_columns(Kind::Unique, birth, winner);
+            let value = p.as_it_was.values.get(&column).unwrap_or(&Value::Null);
+            loss.add(column, p.as_it_was.state.column(column), value);
+            self.keep_conflict(&p.plan, &refs(&p.key), &loss)?;
+            p.row.values.insert(column, Value::Null);
+            p.without.push(column);
+            return Ok(true);
+        }
+        let loss = Loss::of_row(Kind::Unique, &p.as_it_was, all_versions(&p.as_it_was), winner);
+        self.keep_conflict(&p.plan, &refs(&p.key), &loss)?;
+        self.log_own(&p.plan, &p.key, OP_DELETE, &[])?;
+        Ok(false)
     }
 
     /// The keys of the rows that stand in the way: those that REPLACE would remove, in a savepoint that is undone.
-    fn blockers(&mut self, d: &Deferred, row: &Row) -> Result<Vec<Vec<Value>>> {
+    fn blockers(&mut self, d: &Placing) -> Result<Vec<Vec<Value>>> {
         let keys = list(0..d.key.len(), |i| format!("k{i}"));
         let old = list(&d.plan.table.key, |k| format!("OLD.{}", k.sql));
         self.conn.execute_batch(&format!(
@@ -89,17 +134,17 @@ impl Store {
                BEGIN INSERT INTO __litemesh_displaced VALUES({old}); END;",
             ident(&d.plan.table.name)
         ))?;
-        let found = self.displaced(d, row, &keys);
+        let found = self.displaced(d, &keys);
         self.conn.execute_batch("ROLLBACK TO blockers; RELEASE blockers; PRAGMA recursive_triggers = OFF")?;
         found
     }
 
-    fn displaced(&self, d: &Deferred, row: &Row, keys: &str) -> Result<Vec<Vec<Value>>> {
+    fn displaced(&self, d: &Placing, keys: &str) -> Result<Vec<Vec<Value>>> {
         // Only with this setting do delete triggers fire for what REPLACE removes.
         self.conn.pragma_update(None, "recursive_triggers", true)?;
         let known = d.plan.table.columns.iter().enumerate();
         let known: Vec<(usize, &Value)> =
-            known.filter_map(|(i, c)| Some((i, row.values.get(&c.id)?))).collect();
+            known.filter_map(|(i, c)| Some((i, d.row.values.get(&c.id)?))).collect();
         let places: Vec<usize> = known.iter().map(|(i, _)| *i).collect();
         let insert = d.plan.insert_row(&places).replacen("INSERT INTO", "INSERT OR REPLACE INTO", 1);
         let params = rusqlite::params_from_iter(d.key.iter().chain(known.iter().map(|(_, v)| *v)));
@@ -109,52 +154,6 @@ impl Store {
             (0..d.key.len()).map(|i| crate::sqlite::value::get(r, i).map(|v| v.to_value())).collect()
         })?;
         Ok(rows.collect::<rusqlite::Result<_>>()?)
-    }
-
-    /// A row that is taken out of the way comes back without a value, if that can be; else it is gone.
-    fn give_way(
-        &mut self,
-        plan: &Arc<Plan>,
-        key: &[Value],
-        (row, as_it_was): (&Row, &Row),
-        winner: Version,
-        error: &rusqlite::Error,
-    ) -> Result<()> {
-        let Some(column) = blamed(plan, row, error) else {
-            return self.keep_row(plan, key, as_it_was, winner);
-        };
-        let mut without = row.clone();
-        without.values.insert(column, Value::Null);
-        match self.insert_row(plan, &refs(key), &without) {
-            Ok(()) => {
-                self.keep_value(plan, key, as_it_was, column, winner)?;
-                self.log_own(plan, key, OP_UPDATE, &[column])
-            }
-            // Without the value another index takes it in.
-            Err(ReplicaError::Sqlite(e)) if is_unique_violation(&e) => {
-                self.keep_row(plan, key, as_it_was, winner)
-            }
-            Err(e) => Err(e),
-        }
-    }
-
-    fn keep_value(
-        &mut self,
-        plan: &Plan,
-        key: &[Value],
-        row: &Row,
-        column: ColumnId,
-        winner: Version,
-    ) -> Result<()> {
-        let mut loss = Loss::of_columns(Kind::Unique, row.state.birth, winner);
-        loss.add(column, row.state.column(column), row.values.get(&column).unwrap_or(&Value::Null));
-        self.keep_conflict(plan, &refs(key), &loss)
-    }
-
-    /// The row is not in the table any more.
-    fn keep_row(&mut self, plan: &Plan, key: &[Value], row: &Row, winner: Version) -> Result<()> {
-        self.keep_conflict(plan, &refs(key), &Loss::of_row(Kind::Unique, row, all_versions(row), winner))?;
-        self.log_own(plan, key, OP_DELETE, &[])
     }
 }
 
