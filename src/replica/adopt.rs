@@ -80,11 +80,11 @@ pub(super) fn refresh(store: &mut Store, cause: Cause) -> Result<()> {
     let adopted = Store::meta::<i64>(&store.conn, "adopted")?;
     if cause == Cause::Application {
         let renames = registry::follow_renames(&store.conn)?;
-        if adopted != Some(1) {
-            if let Some(index) = store.materialize()?.first() {
-                let what = "rows of the file stand in the way of a UNIQUE index of the mesh";
-                return Err(ReplicaError::Unfit(format!("{what}: {index}")));
-            }
+        if adopted != Some(1)
+            && let Some(index) = store.materialize()?.first()
+        {
+            let what = "rows of the file stand in the way of a UNIQUE index of the mesh";
+            return Err(ReplicaError::Unfit(format!("{what}: {index}")));
         }
         store.record_schema(&renames)?;
     }
