@@ -100,13 +100,15 @@ fn every_key_can_be_set_in_the_file_and_in_the_environment() {
     let all: Vec<&str> = KEYS.iter().copied().filter(|k| *k != "join_file").collect();
     let value = |key: &str| match key {
         "databases" => "['x.db']",
-        "include" | "exclude" | "rekey" => "['a*']",
+        "include" | "exclude" | "rekey" | "whole_row" | "by_column" => "['a*']",
         "cluster" => "'1.2.3.4:1'",
         "client" | "http" => "'localhost:0'",
         "advertise" => "'[::1]:7'",
         "journal" => "'keep'",
         "verify_every" => "'1h'",
         "max_skew" => "'60s'",
+        "conflicts_age" => "'30d'",
+        "conflicts_max" => "7",
         "schema" => "'manual'",
         "log" => "'warn,litemesh=debug'",
         _ => "'word'",
@@ -122,7 +124,8 @@ fn every_key_can_be_set_in_the_file_and_in_the_environment() {
         assert!(raw.name.is_some() && raw.state_dir.is_some() && raw.join.is_some() && raw.log.is_some());
         assert!(raw.cluster.is_some() && raw.client.is_some() && raw.http.is_some());
         assert!(raw.advertise.is_some() && raw.journal.is_some() && raw.schema.is_some());
-        assert!(raw.rekey.is_some());
+        assert!(raw.rekey.is_some() && raw.whole_row.is_some() && raw.by_column.is_some());
+        assert!(raw.conflicts_age.is_some() && raw.conflicts_max.is_some());
     }
     let config = load(of_file, None, &around(&[])).unwrap();
     assert_eq!(config.advertise.unwrap().to_string(), "[::1]:7");
