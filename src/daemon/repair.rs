@@ -153,13 +153,7 @@ impl Router {
         for node in &partners.live {
             let (mut peer, mut pace) =
                 (remote(node), Duty { verifier: &self.verifier, speed: Speed::OnDemand });
-            let mut comparison = Comparison {
-                owner: &worker,
-                reader: &mut reader,
-                peer: &mut peer,
-                pace: &mut pace,
-                compared: Default::default(),
-            };
+            let mut comparison = Comparison::new(&worker, &mut reader, &mut peer, &mut pace);
             comparison
                 .run(table, &mut |found| repair.take(found))
                 .map_err(|e| format!("node {node}: {e}"))?;

@@ -331,13 +331,7 @@ impl Router {
         for node in partners.live {
             let mut peer = RemotePeer { router: self.clone(), node: node.clone(), db: db.clone(), lineage };
             let mut pace = Duty { verifier: &self.verifier, speed };
-            let mut comparison = Comparison {
-                owner: &worker,
-                reader: &mut reader,
-                peer: &mut peer,
-                pace: &mut pace,
-                compared: Default::default(),
-            };
+            let mut comparison = Comparison::new(&worker, &mut reader, &mut peer, &mut pace);
             let result = comparison.run(None, &mut |found| {
                 tally.add(&node, found);
                 Ok(())

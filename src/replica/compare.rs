@@ -96,7 +96,17 @@ pub struct Comparison<'a> {
     pub compared: Compared,
 }
 
-impl Comparison<'_> {
+impl<'a> Comparison<'a> {
+    /// A comparison that has not begun.
+    pub fn new(
+        owner: &'a dyn Owner,
+        reader: &'a mut Reader,
+        peer: &'a mut dyn Peer,
+        pace: &'a mut dyn Pace,
+    ) -> Self {
+        Self { owner, reader, peer, pace, compared: Compared::default() }
+    }
+
     /// Compares all tables, or one; hands over what is found table by table, or more often.
     pub fn run(
         &mut self,

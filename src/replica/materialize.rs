@@ -218,10 +218,7 @@ impl Store {
 
     /// Whether the table or column that is here is an earlier one of the name than recorded.
     fn is_another(&self, key: &ObjectKey, record: &Recorded) -> bool {
-        let table = if key.kind == Kind::Column { &key.table } else { &key.name };
-        let Some(plan) = self.plans.iter().find(|p| p.table.name.eq_ignore_ascii_case(table)) else {
-            return false;
-        };
+        let Some(plan) = self.plan(key.table_name()) else { return false };
         let names = match key.kind {
             Kind::Column => &plan.wire_columns[..],
             _ => std::slice::from_ref(&plan.wire_name),

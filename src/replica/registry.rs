@@ -23,8 +23,7 @@ pub struct Registration {
 
 /// Gives a table and its columns their numbers, and the table its states.
 pub fn register(conn: &Connection, table: &mut Table) -> Result<Registration> {
-    let find = "SELECT id FROM __litemesh_table WHERE name = ?1 COLLATE NOCASE";
-    let mut found: Option<i64> = conn.query_row(find, [&table.name], |r| r.get(0)).optional()?;
+    let mut found = table_id(conn, &table.name)?;
     if let Some(id) = found {
         table.id = id;
         if has_other_key(conn, table)? {
@@ -44,8 +43,7 @@ pub fn register(conn: &Connection, table: &mut Table) -> Result<Registration> {
 /// The table with the numbers that it and its columns go by in this file; `None` if it has none.
 pub(super) fn numbered(conn: &Connection, table: &Table) -> Result<Option<Table>> {
     let mut table = table.clone();
-    let find = "SELECT id FROM __litemesh_table WHERE name = ?1 COLLATE NOCASE";
-    let Some(id) = conn.query_row(find, [&table.name], |r| r.get(0)).optional()? else { return Ok(None) };
+    let Some(id) = table_id(conn, &table.name)? else { return Ok(None) };
     table.id = id;
     for column in &mut table.columns {
         let find = "SELECT pos FROM __litemesh_column WHERE tbl = ?1 AND name = ?2 COLLATE NOCASE";

@@ -82,6 +82,11 @@ impl ObjectKey {
         Self { kind: Kind::Column, table: table.to_lowercase(), name: name.to_lowercase() }
     }
 
+    /// The table that it is, or is a column of.
+    pub fn table_name(&self) -> &str {
+        if self.kind == Kind::Column { &self.table } else { &self.name }
+    }
+
     fn values(&self) -> [Value; 3] {
         [self.kind.word(), &self.table, &self.name].map(|t| Value::Text(t.as_bytes().to_vec()))
     }
@@ -376,7 +381,7 @@ impl Store {
 
     /// Asks the others to tell again what they have of a table or column that was made here without its rows.
     pub(super) fn recall(&mut self, lacking: &ObjectKey) -> Result<()> {
-        let table = if lacking.kind == Kind::Column { &lacking.table } else { &lacking.name };
+        let table = lacking.table_name();
         let column = if lacking.kind == Kind::Column { &lacking.name[..] } else { "" };
         let name = format!("{column}\0{}", self.head.site);
         let sql = "INSERT INTO __litemesh_schema(kind, tbl, name, gen, gone, pos, def) VALUES(?1, ?2, ?3, 0, 0, 1, '')

@@ -218,8 +218,7 @@ impl Store {
     /// Logs what this file has of tables and columns that were dropped, renamed or made again on two nodes at once.
     pub(super) fn tell_doubtful(&mut self) -> Result<()> {
         for key in std::mem::take(&mut self.doubtful) {
-            let table = if key.kind == Kind::Column { &key.table } else { &key.name };
-            let Some(plan) = self.plan(table) else { continue };
+            let Some(plan) = self.plan(key.table_name()) else { continue };
             if key.kind == Kind::Column {
                 let column = plan.table.column(&key.name).map(|c| c.id);
                 adopt::log_new_columns(&self.conn, &plan.table, &Vec::from_iter(column))?;

@@ -354,26 +354,11 @@ impl Maker {
         let r = &mut self.random;
         let (id, other, n) = (r.random_range(1..8), r.random_range(1..8), r.random_range(0..100));
         let or = ["", "", "OR REPLACE", "OR IGNORE"][r.random_range(0..4)];
-        match r.random_range(0..14) {
-            0 => format!("INSERT {or} INTO item VALUES({id}, {n}, 'b{n}', {n}.5)"),
-            1 => {
-                format!("INSERT INTO item VALUES({id}, {n}, 'u', 0) ON CONFLICT DO UPDATE SET a = excluded.a")
-            }
-            2 => format!("UPDATE item SET a = {n} WHERE id = {id}"),
-            3 => format!("UPDATE item SET b = 'b{n}', c = {n} WHERE id >= {id}"),
-            4 => format!("DELETE FROM item WHERE id = {id}"),
-            5 => format!("UPDATE {or} item SET id = {other} WHERE id = {id}"),
-            6 => format!("INSERT {or} INTO pair VALUES('{}', {other}, {n})", ["k", "K", "ü"][id % 3]),
-            7 => format!("UPDATE pair SET v = {n} WHERE x = 'k'"),
-            8 => format!("UPDATE {or} pair SET x = '{}' WHERE y = {other}", ["k", "K"][id % 2]),
-            9 => format!("DELETE FROM pair WHERE y = {other}"),
-            10 => format!(
-                "SAVEPOINT s; DELETE FROM item; ROLLBACK TO s; RELEASE s; UPDATE item SET b = b WHERE id = {id}"
-            ),
-            11 => format!("INSERT INTO nokey VALUES({n})"),
+        let which = r.random_range(0..14);
+        plain_statement(which, (id, other, n), or).unwrap_or_else(|| {
             // The key says who inserts it: nobody else does, and nobody deletes it.
-            _ => format!("INSERT INTO mine VALUES('{node}-{}', {n})", self.written),
-        }
+            format!("INSERT INTO mine VALUES('{node}-{}', {n})", self.written)
+        })
     }
 }
 
@@ -419,4 +404,27 @@ pub fn shrink(count: usize, mut fails: impl FnMut(&BTreeSet<usize>) -> bool) -> 
             _ => size = size.div_ceil(2),
         }
     }
+}
+
+/// A statement on the tables that every world has; none for numbers from 12 on, which are for each world to fill.
+pub fn plain_statement(which: u32, (id, other, n): (usize, i32, i32), or: &str) -> Option<String> {
+    Some(match which {
+        0 => format!("INSERT {or} INTO item VALUES({id}, {n}, 'b{n}', {n}.5)"),
+        1 => {
+            format!("INSERT INTO item VALUES({id}, {n}, 'u', 0) ON CONFLICT DO UPDATE SET a = excluded.a")
+        }
+        2 => format!("UPDATE item SET a = {n} WHERE id = {id}"),
+        3 => format!("UPDATE item SET b = 'b{n}', c = {n} WHERE id >= {id}"),
+        4 => format!("DELETE FROM item WHERE id = {id}"),
+        5 => format!("UPDATE {or} item SET id = {other} WHERE id = {id}"),
+        6 => format!("INSERT {or} INTO pair VALUES('{}', {other}, {n})", ["k", "K", "ü"][id % 3]),
+        7 => format!("UPDATE pair SET v = {n} WHERE x = 'k'"),
+        8 => format!("UPDATE {or} pair SET x = '{}' WHERE y = {other}", ["k", "K"][id % 2]),
+        9 => format!("DELETE FROM pair WHERE y = {other}"),
+        10 => format!(
+            "SAVEPOINT s; DELETE FROM item; ROLLBACK TO s; RELEASE s; UPDATE item SET b = b WHERE id = {id}"
+        ),
+        11 => format!("INSERT INTO nokey VALUES({n})"),
+        _ => return None,
+    })
 }

@@ -18,18 +18,10 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use rusqlite::Connection;
 
-use super::rekey_oracle::{self, Oracle};
+use crate::history::plain_statement;
+use crate::world::{SCHEMA, UNIQUE};
 
-const SCHEMA: &str = "
-    CREATE TABLE item(id INTEGER PRIMARY KEY, a, b TEXT, c REAL);
-    CREATE TABLE pair(x TEXT COLLATE NOCASE, y INT, v, PRIMARY KEY(x, y)) WITHOUT ROWID;
-    CREATE TABLE mine(id TEXT PRIMARY KEY NOT NULL, n INTEGER NOT NULL);
-    CREATE TABLE nokey(v);
-    INSERT INTO item VALUES(1, 'one', 'adopted', 1.5), (2, x'00ff', NULL, -0.0), (3, 3, 'x', 9e999);";
-const UNIQUE: &str = "
-    CREATE TABLE person(id INTEGER PRIMARY KEY, mail TEXT UNIQUE, nick TEXT NOT NULL UNIQUE, team, seat);
-    CREATE UNIQUE INDEX seat ON person(team, seat) WHERE seat > 0;
-    CREATE UNIQUE INDEX initial ON person(lower(nick));";
+use super::rekey_oracle::{self, Oracle};
 
 /// What a run is like.
 #[derive(Clone, Copy)]
@@ -71,19 +63,7 @@ impl Options {
 
     pub fn storm() -> Self {
         let weather = Weather { drop: 0.15, duplicate: 0.15, max_delay_ms: 400 };
-        Self {
-            nodes: 2,
-            steps: 250,
-            weather,
-            cuts: 0.03,
-            kills: 0.03,
-            uniques: false,
-            ddl: false,
-            skew_ms: 20_000,
-            jumps: 0.0,
-            rekey: false,
-            oracle: false,
-        }
+        Self { steps: 250, weather, cuts: 0.03, kills: 0.03, ..Self::calm() }
     }
 }
 
@@ -334,32 +314,13 @@ impl World {
         if self.options.ddl && r.random_bool(0.4) {
             return schema_statement(r);
         }
-        match r.random_range(0..14) {
-            0 => format!("INSERT {or} INTO item VALUES({id}, {n}, 'b{n}', {n}.5)"),
-            1 => {
-                format!("INSERT INTO item VALUES({id}, {n}, 'u', 0) ON CONFLICT DO UPDATE SET a = excluded.a")
-            }
-            2 => format!("UPDATE item SET a = {n} WHERE id = {id}"),
-            3 => format!("UPDATE item SET b = 'b{n}', c = {n} WHERE id >= {id}"),
-            4 => format!("DELETE FROM item WHERE id = {id}"),
-            5 => format!("UPDATE {or} item SET id = {other} WHERE id = {id}"),
-            6 => format!("INSERT {or} INTO pair VALUES('{}', {other}, {n})", ["k", "K", "ü"][id % 3]),
-            7 => format!("UPDATE pair SET v = {n} WHERE x = 'k'"),
-            8 => format!("UPDATE {or} pair SET x = '{}' WHERE y = {other}", ["k", "K"][id % 2]),
-            9 => format!("DELETE FROM pair WHERE y = {other}"),
-            10 => format!(
-                "SAVEPOINT s; DELETE FROM item; ROLLBACK TO s; RELEASE s; UPDATE item SET b = b WHERE id = {id}"
-            ),
-            11 => format!("INSERT INTO nokey VALUES({n})"),
-            _ => {
-                self.next_id += 1;
-                let key = format!("{i}-{}", self.next_id);
-                fresh.push(key.clone());
-                format!(
-                    "INSERT INTO mine VALUES('{key}', {n}); UPDATE mine SET n = n + 1 WHERE id = '{i}-{id}'"
-                )
-            }
-        }
+        let which = r.random_range(0..14);
+        plain_statement(which, (id, other, n), or).unwrap_or_else(|| {
+            self.next_id += 1;
+            let key = format!("{i}-{}", self.next_id);
+            fresh.push(key.clone());
+            format!("INSERT INTO mine VALUES('{key}', {n}); UPDATE mine SET n = n + 1 WHERE id = '{i}-{id}'")
+        })
     }
 
     /// Everybody takes in what arrived and says what it has to say.

@@ -23,13 +23,13 @@ use rusqlite::backup::Backup;
 use crate::history::{History, Moment, Op, Step, Tables, What};
 use crate::truth::{Pending, Truth};
 
-const SCHEMA: &str = "
+pub const SCHEMA: &str = "
     CREATE TABLE item(id INTEGER PRIMARY KEY, a, b TEXT, c REAL);
     CREATE TABLE pair(x TEXT COLLATE NOCASE, y INT, v, PRIMARY KEY(x, y)) WITHOUT ROWID;
     CREATE TABLE mine(id TEXT PRIMARY KEY NOT NULL, n INTEGER NOT NULL);
     CREATE TABLE nokey(v);
     INSERT INTO item VALUES(1, 'one', 'adopted', 1.5), (2, x'00ff', NULL, -0.0), (3, 3, 'x', 9e999);";
-const UNIQUE: &str = "
+pub const UNIQUE: &str = "
     CREATE TABLE person(id INTEGER PRIMARY KEY, mail TEXT UNIQUE, nick TEXT NOT NULL UNIQUE, team, seat);
     CREATE UNIQUE INDEX seat ON person(team, seat) WHERE seat > 0;
     CREATE UNIQUE INDEX initial ON person(lower(nick));";
