@@ -19,6 +19,8 @@ pub const OP_DELETE: i64 = 3;
 pub const OP_SUSPECT: i64 = 4;
 /// A row was taken out because another is the same (`core::rekey`); only litemesh itself logs it.
 pub const OP_TWIN: i64 = 5;
+/// A row is told again as it is, for a node that lacks it; only litemesh itself logs it.
+pub const OP_TELL: i64 = 6;
 
 /// Our tables that do not depend on the application's.
 pub const TABLES: &str = "
@@ -27,7 +29,8 @@ CREATE TABLE IF NOT EXISTS __litemesh_clock(id INTEGER PRIMARY KEY, hlc INTEGER 
 CREATE TABLE IF NOT EXISTS __litemesh_site(idx INTEGER PRIMARY KEY, site INTEGER NOT NULL UNIQUE,
   n INTEGER NOT NULL, hlc INTEGER NOT NULL, id INTEGER NOT NULL, node TEXT);
 CREATE TABLE IF NOT EXISTS __litemesh_peer(site INTEGER PRIMARY KEY, lsn INTEGER NOT NULL);
-CREATE TABLE IF NOT EXISTS __litemesh_table(id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
+CREATE TABLE IF NOT EXISTS __litemesh_table(id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, ident TEXT,
+  told INTEGER NOT NULL DEFAULT 0);
 CREATE TABLE IF NOT EXISTS __litemesh_column(tbl INTEGER NOT NULL, pos INTEGER NOT NULL, name TEXT NOT NULL,
   PRIMARY KEY(tbl, pos)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS __litemesh_log(seq INTEGER PRIMARY KEY, tbl, op, ms, m0, k0);
@@ -36,7 +39,7 @@ CREATE TABLE IF NOT EXISTS __litemesh_conflicts(id BLOB PRIMARY KEY, conflict BL
   at_ms INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS __litemesh_option(tbl TEXT PRIMARY KEY NOT NULL, merge TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS __litemesh_schema(kind TEXT NOT NULL, tbl TEXT NOT NULL, name TEXT NOT NULL,
-  gen INTEGER NOT NULL, gone INTEGER NOT NULL, pos INTEGER NOT NULL, def TEXT NOT NULL, moved TEXT,
+  gen INTEGER NOT NULL, gone INTEGER NOT NULL, pos INTEGER NOT NULL, def TEXT NOT NULL, moved TEXT, owner TEXT,
   PRIMARY KEY(kind, tbl, name)) WITHOUT ROWID;
 ";
 /// Indexes of those.

@@ -8,7 +8,7 @@ use super::plan::Plan;
 use super::rows::RowWriter;
 use super::store::Store;
 use super::{ReplicaError, Result};
-use crate::core::capture::{OP_DELETE, OP_INSERT, OP_SUSPECT, OP_TWIN, OP_UPDATE, PREFIX};
+use crate::core::capture::{OP_DELETE, OP_INSERT, OP_SUSPECT, OP_TELL, OP_TWIN, OP_UPDATE, PREFIX};
 use crate::core::merge::{ColumnId, RowState};
 use crate::core::message::CommitHeader;
 use crate::core::schema::MASK_BITS;
@@ -149,7 +149,7 @@ impl Store {
                 twins.push(*place);
             }
             let after = step(before.as_ref(), op, version, &columns()?);
-            if let Some(after) = after.filter(|a| Some(a) != before.as_ref()) {
+            if let Some(after) = after.filter(|a| op == OP_TELL || Some(a) != before.as_ref()) {
                 head.lsn += 1;
                 sites.put(conn, plan, &key, &after, head.lsn)?;
                 let before = before.filter(|b| b.birth != after.birth);
@@ -259,6 +259,7 @@ fn step(before: Option<&RowState>, op: i64, version: Version, columns: &[u32]) -
             let dead = before.and_then(|s| s.dead).unwrap_or(version);
             Some(RowState { dead: Some(dead), ..RowState::born(birth) })
         }
+        OP_TELL => Some(before.cloned().unwrap_or(RowState::ADOPTED)),
         // Another release's entry: nothing is known of the row but that something happened to it.
         _ => None,
     }

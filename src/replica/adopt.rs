@@ -6,8 +6,9 @@ use std::sync::{Arc, PoisonError};
 
 use rusqlite::{Connection, OptionalExtension};
 
+use super::identity::Idents;
 use super::plan::Plan;
-use super::schema::{self, Objects};
+use super::schema::Objects;
 use super::store::Store;
 use super::{ReplicaError, Result, registry};
 use crate::core::capture::{
@@ -15,7 +16,7 @@ use crate::core::capture::{
 };
 use crate::core::ddl::is_constant;
 use crate::core::merge::ColumnId;
-use crate::core::schema::{MASK_BITS, Table};
+use crate::core::schema::{MASK_BITS, SchemaMode, Table};
 use crate::core::sqltext::{ident, list, trigger_body};
 use crate::core::version::SiteId;
 use crate::sqlite::introspect::{self, AppTrigger, Schema};
@@ -89,7 +90,8 @@ pub(super) fn refresh(store: &mut Store, cause: Cause) -> Result<()> {
         store.record_schema(&renames)?;
     }
     let schema = introspect::read(&store.conn)?;
-    let recorded = schema::recorded(&store.conn)?;
+    let (view, classes) = store.view()?;
+    let idents = Idents::read(&store.conn, &view, &classes)?;
     for mut table in schema.tables.clone() {
         if !(store.covers)(&table.name) {
             remove_triggers(&store.conn, &table.name)?;
@@ -99,7 +101,11 @@ pub(super) fn refresh(store: &mut Store, cause: Cause) -> Result<()> {
             store.notes.push(format!("table {:?} is not replicated: {why}", table.name));
             continue;
         }
-        let registration = registry::register(&store.conn, &mut table)?;
+        let known_as = match store.schema_mode {
+            SchemaMode::Replicate => idents.of(&table.name),
+            SchemaMode::Manual => table.name.to_lowercase(),
+        };
+        let registration = registry::register(&store.conn, &mut table, &known_as)?;
         widen_log(&store.conn, &table)?;
         let had_triggers = place_triggers(&store.conn, &table)?;
         if adopted.is_some() && !registration.known {
@@ -112,8 +118,8 @@ pub(super) fn refresh(store: &mut Store, cause: Cause) -> Result<()> {
                 store.notes.push(rebuilt(&table));
             }
         }
-        let (wire_name, wire_columns) = registry::wire_names(&recorded, &table);
-        store.plans.push(Arc::new(Plan::new(table, wire_name, wire_columns)));
+        let wire_columns = registry::wire_columns(&view, &known_as, &table);
+        store.plans.push(Arc::new(Plan::new(table, known_as, wire_columns)));
     }
     let present = schema.tables.iter().map(|t| t.name.to_lowercase()).collect();
     registry::forget_missing(&store.conn, &present)?;
@@ -141,10 +147,10 @@ fn our_plans(conn: &Connection) -> Result<Vec<Arc<Plan>>> {
     conn.execute_batch(INDEXES)?;
     let plan = |name: &&str| {
         let mut table = introspect::read_table_named(conn, name)?;
-        registry::register(conn, &mut table)?;
+        registry::register(conn, &mut table, name)?;
         widen_log(conn, &table)?;
-        let (name, columns) = registry::wire_names(&Objects::new(), &table);
-        Ok(Arc::new(Plan::new(table, name, columns)))
+        let columns = registry::wire_columns(&Objects::new(), name, &table);
+        Ok(Arc::new(Plan::new(table, (*name).to_owned(), columns)))
     };
     REPLICATED.iter().map(plan).collect()
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use rusqlite::{ErrorCode, ffi};
 
 use super::body::Body;
+use super::identity::name_of;
 use super::plan::Plan;
 use super::registry::from_wire;
 use super::rekey::Link;
@@ -104,9 +105,12 @@ impl Store {
         they_saw: &dyn Fn(Version) -> bool,
     ) -> Result<u64> {
         let (mut deferred, mut rows, mut changed) = (Vec::new(), 0, false);
-        let start = body.position()?;
+        let (start, mut dead) = (body.position()?, None);
         while let Some(block) = body.next_block()? {
             if Frame::is_of_schema(&block) {
+                if dead.is_none() {
+                    dead = Some(self.dead_tables()?);
+                }
                 for section in Frame::open(&block)?.sections()? {
                     rows += self.apply_schema(section, they_saw, &mut changed)?;
                 }
@@ -116,8 +120,8 @@ impl Store {
         }
         if changed {
             self.follow_schema()?;
+            self.recall_revived(&dead.unwrap_or_default())?;
         }
-        self.tell_doubtful()?;
         body.seek(start)?;
         while let Some(block) = body.next_block()? {
             if !Frame::is_of_schema(&block) {
@@ -129,6 +133,7 @@ impl Store {
         self.follow_moves(&mut deferred)?;
         self.place_deferred(deferred)?;
         self.link_children(they_saw)?;
+        self.tell_doubtful()?;
         Ok(rows)
     }
 
@@ -155,8 +160,7 @@ impl Store {
 
     /// How a section's rows meet the table here; `None` if they are of a table that was dropped.
     fn target(&self, section: &Section<'_>) -> Result<Option<Target>> {
-        let (name, incarnation) = from_wire(section.table);
-        let Some(plan) = self.find_table(name, incarnation)? else { return Ok(None) };
+        let Some(plan) = self.find_table(section.table)? else { return Ok(None) };
         let here = || plan.table.key.iter().map(|k| k.name.as_str());
         let same = |(a, b): (&str, &&str)| a.eq_ignore_ascii_case(b);
         if here().count() != section.keys.len() || !here().zip(&section.keys).all(same) {
@@ -167,7 +171,7 @@ impl Store {
         if section.keeps_both != link.as_ref().is_some_and(|l| l.keeps_both) {
             return Err(ReplicaError::OtherRekey(plan.table.name.clone()));
         }
-        let place = |column: &&str| self.find_column(&plan, name, column);
+        let place = |column: &&str| self.find_column(&plan, section.table, column);
         let places = section.columns.iter().map(place).collect::<Result<Vec<_>>>()?;
         let known: Vec<usize> = places.iter().copied().flatten().collect();
         let insert = plan.insert_row(&known);
@@ -175,48 +179,50 @@ impl Store {
         Ok(Some(Target { plan, places, insert, link, is_parent }))
     }
 
-    /// The table that a peer's name means, which may have been renamed here since; `None` if it was dropped.
-    fn find_table(&self, name: &str, incarnation: i64) -> Result<Option<Arc<Plan>>> {
-        let mut name = name.to_lowercase();
-        // Renamed in a circle: the bound ends it.
-        for step in 0..MAX_RENAMES {
-            let here = self.plan(&name);
-            // After a rename the incarnations are the new name's own.
-            let fits = |p: &&Arc<Plan>| step > 0 || from_wire(&p.wire_name).1 == incarnation;
-            if let Some(plan) = here.as_ref().filter(fits) {
-                return Ok(Some(plan.clone()));
-            }
-            match recorded_one(&self.conn, &ObjectKey::new(ObjectKind::Table, &name))? {
-                Some(r) if step == 0 && r.incarnation > incarnation => return Ok(None),
-                Some(Recorded { gone: true, moved: Some(new), .. }) => name = new,
-                Some(r) if r.gone => return Ok(None),
-                _ => return here.map(Some).ok_or(ReplicaError::NoTable(name)),
-            }
+    /// The table that a peer knows as this; `None` if it was dropped.
+    fn find_table(&self, ident: &str) -> Result<Option<Arc<Plan>>> {
+        let ident = ident.to_lowercase();
+        if let Some(plan) = self.plan_of(&ident) {
+            return Ok(Some(plan));
         }
-        Err(ReplicaError::NoTable(name))
+        let name = from_wire(&ident).0;
+        let by_name = || self.plan(name).map(Some).ok_or_else(|| ReplicaError::NoTable(name.to_owned()));
+        let (view, classes) = self.view()?;
+        if let Some(plan) = self.plan_of(classes.of(&ident)) {
+            return Ok(Some(plan));
+        }
+        match view.get(&ObjectKey::new(ObjectKind::Table, classes.of(&ident))) {
+            // Where changes of the schema do not replicate, the name is all there is to go by.
+            Some(t) if self.schema_mode == SchemaMode::Replicate => match name_of(t) {
+                Some(now) if !t.gone && (self.covers)(&now) => Err(ReplicaError::NoTable(now)),
+                _ => Ok(None),
+            },
+            _ if name.starts_with(PREFIX) || (self.covers)(name) => by_name(),
+            _ => Ok(None),
+        }
     }
 
-    /// Where a peer's column stands in the table here; `None` if it was dropped. The table, or the column, may have
-    /// been renamed here since.
-    fn find_column(&self, plan: &Plan, table: &str, wire: &str) -> Result<Option<usize>> {
-        if let Some(place) = plan.wire_columns.iter().position(|c| c.eq_ignore_ascii_case(wire)) {
+    /// Where a peer's column stands in the table here; `None` if it was dropped. It may have been renamed here since.
+    fn find_column(&self, plan: &Plan, ident: &str, wire: &str) -> Result<Option<usize>> {
+        if ident == plan.wire_name
+            && let Some(place) = plan.wire_columns.iter().position(|c| c.eq_ignore_ascii_case(wire))
+        {
             return Ok(Some(place));
         }
         let (name, incarnation) = from_wire(wire);
-        let (mut table, mut name) = (table.to_lowercase(), name.to_lowercase());
+        let (ident, mut name) = (ident.to_lowercase(), name.to_lowercase());
+        let place = |name: &str| plan.table.columns.iter().position(|c| c.name.eq_ignore_ascii_case(name));
         for step in 0..MAX_RENAMES {
-            let column = recorded_one(&self.conn, &ObjectKey::column(&table, &name))?;
-            let of = recorded_one(&self.conn, &ObjectKey::new(ObjectKind::Table, &table))?;
-            let next = of.filter(|t| t.gone).and_then(|t| t.moved);
+            let column = match recorded_one(&self.conn, &ObjectKey::column(&ident, &name))? {
+                Some(column) => Some(column),
+                None => self.view()?.0.remove(&ObjectKey::column(&plan.wire_name, &name)),
+            };
             match column {
                 Some(c) if step == 0 && c.incarnation > incarnation => return Ok(None),
-                Some(c) if (c.gone && c.moved.is_some()) || next.is_some() => {
-                    name = c.moved.unwrap_or(name);
-                    table = next.unwrap_or(table);
-                }
+                Some(Recorded { gone: true, moved: Some(new), .. }) => name = new,
                 Some(c) if c.gone => return Ok(None),
-                _ if step == 0 => break,
-                _ => return Ok(plan.table.columns.iter().position(|c| c.name.eq_ignore_ascii_case(&name))),
+                None if step == 0 => break,
+                _ => return Ok(place(&name)),
             }
         }
         Err(ReplicaError::NoColumn { table: plan.table.name.clone(), column: name })
@@ -228,8 +234,7 @@ impl Store {
         they_saw: &dyn Fn(Version) -> bool,
         deferred: &mut Vec<Deferred>,
     ) -> Result<u64> {
-        let wanted = section.table.starts_with(PREFIX) || (self.covers)(from_wire(section.table).0);
-        let target = if wanted { self.target(&section)? } else { None };
+        let target = self.target(&section)?;
         if target.as_ref().is_some_and(|t| t.plan.table.name == SCHEMA) {
             return Err(WireError::Malformed("the schema's rows among others").into());
         }

@@ -2,15 +2,14 @@
 //! it runs within the transaction that merged the records, changes only what means something else than recorded, and
 //! loses no row.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use rusqlite::{Connection, OptionalExtension};
 
-use super::apply::{Deferred, MAX_RENAMES, is_unique_violation};
+use super::apply::{Deferred, is_unique_violation};
+use super::identity::name_of;
 use super::registry;
-use super::schema::{
-    Kind, ObjectKey, Objects, Recorded, TableDef, actual, column_order, is_covered, recorded, shape,
-};
+use super::schema::{Kind, ObjectKey, Objects, Recorded, TableDef, actual, column_order, is_covered, shape};
 use super::store::Store;
 use super::{ReplicaError, Result};
 use crate::core::ddl::{create_table, normal, on_table};
@@ -31,12 +30,13 @@ impl Store {
         if self.schema_mode == SchemaMode::Manual {
             return Ok(late);
         }
-        self.carry_columns()?;
+        self.unify()?;
         let wanted = self.wanted()?;
-        let renamed = self.rename_objects(&wanted)?;
+        self.settle_tables(&wanted)?;
+        let renamed = self.rename_columns(&wanted)?;
         let have = self.actual()?;
-        for kind in [Kind::Trigger, Kind::View, Kind::Index, Kind::Virtual, Kind::Table] {
-            self.drop_changed(kind, &wanted, &have, &renamed)?;
+        for kind in [Kind::Trigger, Kind::View, Kind::Index, Kind::Virtual] {
+            self.drop_changed(kind, &wanted, &have)?;
         }
         let have = self.actual()?;
         self.recall_missing(&wanted, &have)?;
@@ -60,106 +60,55 @@ impl Store {
         Ok(late)
     }
 
-    /// What is recorded, of tables that are there: an index that one node made on a table that another dropped is
-    /// nothing; if the table was renamed, it is on that one.
+    /// What is recorded of what this node replicates.
     fn wanted(&self) -> Result<Objects> {
-        let all: Objects =
-            recorded(&self.conn)?.into_iter().filter(|(k, o)| is_covered(k, o, &*self.covers)).collect();
-        let mut wanted = all.clone();
-        for (key, object) in wanted.iter_mut().filter(|(_, o)| !o.gone) {
-            let table = match key.kind {
-                Kind::Column => key.table.clone(),
-                Kind::Index | Kind::Trigger => {
-                    on_table(&object.definition).unwrap_or_default().to_lowercase()
-                }
-                _ => continue,
-            };
-            match final_table(&all, &table) {
-                None => object.gone = true,
-                Some(now) if now != table && key.kind == Kind::Column => object.gone = true,
-                Some(now) if now != table => object.definition = moved_to(&object.definition, &now),
-                Some(_) => {}
-            }
-        }
-        Ok(wanted)
-    }
-
-    /// Columns that one node added to a table while another renamed it belong to it under its new name.
-    fn carry_columns(&mut self) -> Result<()> {
-        let all = recorded(&self.conn)?;
-        for (key, object) in all.iter().filter(|(k, o)| k.kind == Kind::Column && !o.gone) {
-            let Some(now) = final_table(&all, &key.table).filter(|now| *now != key.table) else { continue };
-            let new = ObjectKey::column(&now, &key.name);
-            if !all.contains_key(&new) {
-                self.write_object(&new, object, false)?;
-            }
-        }
-        Ok(())
+        let view = self.view()?.0;
+        let covered = |(k, _): &(&ObjectKey, &Recorded)| is_covered(k, &view, &*self.covers);
+        Ok(view.iter().filter(covered).map(|(k, o)| (k.clone(), o.clone())).collect())
     }
 
     fn actual(&self) -> Result<Objects> {
-        actual(&self.conn, &*self.covers)
+        actual(&self.conn, &*self.covers, &self.idents()?)
     }
 
-    fn ddl(&self, sql: &str) -> Result<()> {
+    pub(super) fn ddl(&self, sql: &str) -> Result<()> {
         let failed = |source| ReplicaError::Ddl { what: sql.to_owned(), source };
         self.conn.execute_batch(sql).map_err(failed)
     }
 
-    /// Tables and columns that were renamed keep their rows, their numbers and what is known of their rows.
-    fn rename_objects(&mut self, wanted: &Objects) -> Result<BTreeSet<ObjectKey>> {
+    /// Columns that were renamed keep their values, their numbers and what is known of them.
+    fn rename_columns(&mut self, wanted: &Objects) -> Result<BTreeSet<ObjectKey>> {
         let mut renamed = BTreeSet::new();
-        let mut tables: BTreeMap<&str, &str> = BTreeMap::new();
-        for kind in [Kind::Table, Kind::Column] {
-            let have = self.actual()?;
-            for (key, object) in wanted.iter().filter(|(k, o)| k.kind == kind && o.gone) {
-                let Some(name) = &object.moved else { continue };
-                let table = tables.get(key.table.as_str()).copied().unwrap_or(&key.table).to_owned();
-                let old = ObjectKey { table: table.clone(), ..key.clone() };
-                let new = ObjectKey { kind, table, name: name.clone() };
-                let Some(target) = wanted.get(&new).filter(|o| !o.gone) else { continue };
-                let in_the_way = have.contains_key(&new);
-                if !have.contains_key(&old) || (in_the_way && !self.is_another(&new, target)) {
-                    continue;
-                }
-                if kind == Kind::Table {
-                    self.rename_table(&old.name, &TableDef::parse(&target.definition)?.name, in_the_way)?;
-                    tables.insert(&key.name, name);
-                } else {
-                    self.rename_column(&old, &new.name, in_the_way)?;
-                }
-                renamed.insert(new);
+        let have = self.actual()?;
+        for (old, object) in wanted.iter().filter(|(k, o)| k.kind == Kind::Column && o.gone) {
+            let Some(name) = &object.moved else { continue };
+            let new = ObjectKey { name: name.clone(), ..old.clone() };
+            let Some(target) = wanted.get(&new).filter(|o| !o.gone) else { continue };
+            let in_the_way = have.contains_key(&new);
+            if !have.contains_key(old) || (in_the_way && !self.is_another(&new, target)) {
+                continue;
             }
+            self.rename_column(&table_name(wanted, &old.table)?, old, &new.name, in_the_way)?;
+            renamed.insert(new);
         }
         Ok(renamed)
     }
 
-    fn rename_table(&self, old: &str, new: &str, in_the_way: bool) -> Result<()> {
-        if in_the_way {
-            self.drop_table(new)?;
-        }
-        self.ddl(&format!("ALTER TABLE {} RENAME TO {}", ident(old), ident(new)))?;
-        match registry::table_id(&self.conn, old)? {
-            Some(id) => registry::rename_table(&self.conn, id, new),
-            None => Ok(()),
-        }
-    }
-
-    fn rename_column(&self, old: &ObjectKey, new: &str, in_the_way: bool) -> Result<()> {
-        let table = ident(&old.table);
+    fn rename_column(&self, name: &str, old: &ObjectKey, new: &str, in_the_way: bool) -> Result<()> {
+        let table = ident(name);
         if in_the_way {
             self.ddl(&format!("ALTER TABLE {table} DROP COLUMN {}", ident(new)))?;
-            registry::forget_column(&self.conn, &old.table, new)?;
+            registry::forget_column(&self.conn, name, new)?;
         }
         self.ddl(&format!("ALTER TABLE {table} RENAME COLUMN {} TO {}", ident(&old.name), ident(new)))?;
-        match registry::table_id(&self.conn, &old.table)? {
+        match registry::table_id(&self.conn, name)? {
             Some(id) => registry::rename_column(&self.conn, id, &old.name, new),
             None => Ok(()),
         }
     }
 
-    /// What is about to be made here and is no new thing: it was dropped here before, or renamed from what is not here.
-    /// Its rows are with others.
+    /// A column that is about to be made here and is no new thing: it was dropped here before, or renamed from what is
+    /// not here. Its values are with others.
     fn recall_missing(&mut self, wanted: &Objects, have: &Objects) -> Result<()> {
         let revived = std::mem::take(&mut self.revived);
         let is_target = |key: &ObjectKey| {
@@ -167,63 +116,31 @@ impl Store {
                 k.kind == key.kind && k.table == key.table && o.gone && o.moved.as_deref() == Some(&key.name)
             })
         };
-        let made = wanted.iter().filter(|(k, o)| !o.gone && !have.contains_key(k));
-        let lacking: Vec<ObjectKey> = made
-            .filter(|(k, _)| matches!(k.kind, Kind::Table | Kind::Column))
-            .filter(|(k, _)| revived.contains(k) || is_target(k))
-            .map(|(k, _)| k.clone())
-            .collect();
-        let tables: BTreeSet<String> =
-            lacking.iter().filter(|k| k.kind == Kind::Table).map(|k| k.name.clone()).collect();
-        for key in lacking.iter().filter(|k| k.kind == Kind::Table || !tables.contains(&k.table)) {
-            self.recall(key)?;
+        let is_here = |key: &ObjectKey| have.contains_key(&ObjectKey::new(Kind::Table, &key.table));
+        let made = wanted.iter().filter(|(k, o)| k.kind == Kind::Column && !o.gone && !have.contains_key(k));
+        let lacking = made.map(|(k, _)| k).filter(|k| is_here(k) && (revived.contains(k) || is_target(k)));
+        for key in lacking.cloned().collect::<Vec<_>>() {
+            self.recall(&key)?;
         }
         Ok(())
     }
 
-    fn drop_table(&self, name: &str) -> Result<()> {
-        self.ddl(&format!("DROP TABLE {}", ident(name)))?;
-        match registry::table_id(&self.conn, name)? {
-            Some(id) => registry::forget_table(&self.conn, id),
-            None => Ok(()),
-        }
-    }
-
-    /// Drops what is recorded as dropped; of what can be made again, also what is recorded differently. A table that
-    /// was dropped and made again is another one.
-    fn drop_changed(
-        &mut self,
-        kind: Kind,
-        wanted: &Objects,
-        have: &Objects,
-        renamed: &BTreeSet<ObjectKey>,
-    ) -> Result<()> {
+    /// Drops what is recorded as dropped, and what is recorded differently: it is made again.
+    fn drop_changed(&mut self, kind: Kind, wanted: &Objects, have: &Objects) -> Result<()> {
         for (key, object) in have.iter().filter(|(k, _)| k.kind == kind) {
             let Some(record) = wanted.get(key) else { continue };
-            let differs = shape(kind, &record.definition) != shape(kind, &object.definition);
-            match kind {
-                Kind::Table if record.gone || (self.is_another(key, record) && !renamed.contains(key)) => {
-                    self.drop_table(&key.name)?;
-                }
-                Kind::Table => {}
-                _ if record.gone || differs => {
-                    let word = if kind == Kind::Virtual { "TABLE" } else { kind.word() };
-                    self.ddl(&format!("DROP {word} IF EXISTS {}", ident(&key.name)))?;
-                }
-                _ => {}
+            if record.gone || shape(kind, &record.definition) != shape(kind, &object.definition) {
+                let word = if kind == Kind::Virtual { "TABLE" } else { kind.word() };
+                self.ddl(&format!("DROP {word} IF EXISTS {}", ident(&key.name)))?;
             }
         }
         Ok(())
     }
 
-    /// Whether the table or column that is here is an earlier one of the name than recorded.
+    /// Whether the column that is here is an earlier one of the name than recorded.
     fn is_another(&self, key: &ObjectKey, record: &Recorded) -> bool {
-        let Some(plan) = self.plan(key.table_name()) else { return false };
-        let names = match key.kind {
-            Kind::Column => &plan.wire_columns[..],
-            _ => std::slice::from_ref(&plan.wire_name),
-        };
-        let mut here = names.iter().map(|n| registry::from_wire(n));
+        let Some(plan) = self.plan_of(&key.table) else { return false };
+        let mut here = plan.wire_columns.iter().map(|n| registry::from_wire(n));
         here.any(|(name, n)| name.eq_ignore_ascii_case(&key.name) && n < record.incarnation)
     }
 
@@ -295,7 +212,8 @@ impl Store {
         let new: Vec<&String> = order.iter().filter(|n| !kept.contains(n)).collect();
         let appended = order.iter().eq(kept.iter().chain(&new).copied());
         let simple = same_frame && appended && kept.iter().all(|n| agrees(n));
-        if !(simple && self.alter_columns(key, &gone, &new, wanted)?) {
+        let name = table_name(wanted, &key.name)?;
+        if !(simple && self.alter_columns(&name, key, &gone, &new, wanted)?) {
             let kept: Vec<String> = kept.into_iter().cloned().collect();
             self.rebuild_table(key, &kept, wanted)?;
         }
@@ -305,12 +223,13 @@ impl Store {
     /// Tries ALTER TABLE; what it did is undone if it cannot do all.
     fn alter_columns(
         &self,
+        name: &str,
         key: &ObjectKey,
         gone: &[&String],
         new: &[&String],
         wanted: &Objects,
     ) -> Result<bool> {
-        let table = ident(&key.name);
+        let table = ident(name);
         let drops = gone.iter().map(|n| format!("ALTER TABLE {table} DROP COLUMN {};", ident(n)));
         let definition = |n: &&&String| Some(&wanted.get(&ObjectKey::column(&key.name, n))?.definition);
         let adds =
@@ -332,7 +251,7 @@ impl Store {
     fn rebuild_table(&mut self, key: &ObjectKey, kept: &[String], wanted: &Objects) -> Result<()> {
         let Some(record) = wanted.get(key) else { return Ok(()) };
         let def = TableDef::parse(&record.definition)?;
-        let old = introspect::read_table_named(&self.conn, &key.name)?;
+        let old = introspect::read_table_named(&self.conn, &def.name)?;
         self.ddl(&table_text(BUILDING, key, &def, wanted))?;
         let new = introspect::read_table_named(&self.conn, BUILDING)?;
         let generated = |name: &&String| {
@@ -353,7 +272,7 @@ impl Store {
             into.push(new.key[0].sql.clone());
             from.push(old.key[0].sql.clone());
         }
-        let table = ident(&key.name);
+        let table = ident(&def.name);
         if !into.is_empty() {
             let (into, from) = (list(into, |n| n), list(from, |n| n));
             self.ddl(&format!("INSERT INTO {BUILDING}({into}) SELECT {from} FROM {table}"))?;
@@ -366,7 +285,7 @@ impl Store {
         done?;
         if let Some(last) = last_id.filter(|_| new.autoincrement) {
             let raise = "UPDATE sqlite_sequence SET seq = max(seq, ?2) WHERE name = ?1 COLLATE NOCASE";
-            if self.conn.execute(raise, (&key.name, last))? == 0 {
+            if self.conn.execute(raise, (&def.name, last))? == 0 {
                 self.conn
                     .execute("INSERT INTO sqlite_sequence(name, seq) VALUES(?1, ?2)", (&def.name, last))?;
             }
@@ -440,28 +359,14 @@ impl Store {
     }
 }
 
-/// What a table is called now, or the view or virtual table of the name; `None` if it was dropped.
-fn final_table(all: &Objects, name: &str) -> Option<String> {
-    let mut name = name.to_owned();
-    // Renamed in a circle: the bound ends it.
-    for _ in 0..MAX_RENAMES {
-        if [Kind::View, Kind::Virtual]
-            .iter()
-            .any(|k| all.get(&ObjectKey::new(*k, &name)).is_some_and(|o| !o.gone))
-        {
-            return Some(name);
-        }
-        match all.get(&ObjectKey::new(Kind::Table, &name)) {
-            Some(table) if !table.gone => return Some(name),
-            Some(table) => name = table.moved.clone()?,
-            None => return None,
-        }
-    }
-    None
+/// What a recorded table is called.
+fn table_name(wanted: &Objects, ident: &str) -> Result<String> {
+    let table = wanted.get(&ObjectKey::new(Kind::Table, ident)).and_then(name_of);
+    table.ok_or_else(|| ReplicaError::Unfit(format!("nothing is recorded of the table {ident:?}")))
 }
 
 /// The text of an index or trigger, on another table.
-fn moved_to(sql: &str, table: &str) -> String {
+pub(super) fn moved_to(sql: &str, table: &str) -> String {
     let Some(old) = on_table(sql) else { return sql.to_owned() };
     let all = tokens(sql);
     let on = all.iter().position(|t| t.is_keyword("ON")).unwrap_or(all.len());

@@ -10,6 +10,7 @@ use super::rows::RowWriter;
 use super::store::Store;
 use super::{ReplicaError, Result};
 use crate::core::capture::{PREFIX, state_table};
+use crate::core::merge::RowState;
 use crate::core::message::{Holding, SyncPage, SyncRequest};
 use crate::core::names::DbName;
 use crate::core::vector::Vector;
@@ -137,9 +138,11 @@ impl Store {
         let mut writer = RowWriter::new(Version::ZERO, &self.links);
         let mut whole = true;
         for plan in self.plans.clone() {
+            let told_whole = self.is_told_whole(&plan)?;
             let Self { conn, sites, .. } = self;
             writer.each_changed(conn, sites, &plan, range, |writer, row| {
-                if !whole || row.state.versions().all(|v| ask.vector.covers(v)) {
+                let has = |row: &RowState| !told_whole && row.versions().all(|v| ask.vector.covers(v));
+                if !whole || has(&row.state) {
                     return Ok(());
                 }
                 writer.push(row);

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use rusqlite::{Connection, OptionalExtension};
 
 use super::Result;
-use super::schema::{Kind, ObjectKey, Objects, Renames};
+use super::schema::{ObjectKey, Objects, Renames};
 use crate::core::capture::{PREFIX, create_state_table, state_table};
 use crate::core::ddl;
 use crate::core::merge::ColumnId;
@@ -21,8 +21,8 @@ pub struct Registration {
     pub new_columns: Vec<ColumnId>,
 }
 
-/// Gives a table and its columns their numbers, and the table its states.
-pub fn register(conn: &Connection, table: &mut Table) -> Result<Registration> {
+/// Gives a table, which is known to the mesh as `ident`, and its columns their numbers, and the table its states.
+pub fn register(conn: &Connection, table: &mut Table, ident: &str) -> Result<Registration> {
     let mut found = table_id(conn, &table.name)?;
     if let Some(id) = found {
         table.id = id;
@@ -32,9 +32,11 @@ pub fn register(conn: &Connection, table: &mut Table) -> Result<Registration> {
         }
     }
     if found.is_none() {
-        conn.execute("INSERT INTO __litemesh_table(name) VALUES(?1)", [&table.name])?;
+        conn.execute("INSERT INTO __litemesh_table(name, ident) VALUES(?1, ?2)", (&table.name, ident))?;
         table.id = conn.last_insert_rowid();
     }
+    let sql = "UPDATE __litemesh_table SET ident = ?2 WHERE id = ?1 AND ident IS NOT ?2";
+    conn.execute(sql, (table.id, ident))?;
     let new_columns = register_columns(conn, table)?;
     conn.execute_batch(&create_state_table(table))?;
     Ok(Registration { known: found.is_some(), new_columns })
@@ -105,7 +107,7 @@ pub fn forget_missing(conn: &Connection, present: &BTreeSet<String>) -> Result<(
 /// Forgets a table, with all states of its rows.
 pub fn forget_table(conn: &Connection, id: i64) -> Result<()> {
     // The row stays, under a name that no table can have: numbers are not given twice.
-    let sql = "UPDATE __litemesh_table SET name = char(0) || id WHERE id = ?1";
+    let sql = "UPDATE __litemesh_table SET name = char(0) || id, ident = NULL, told = 0 WHERE id = ?1";
     conn.execute(sql, [id])?;
     for what in ["state", "moved", "refs"] {
         conn.execute_batch(&format!("DROP TABLE IF EXISTS {PREFIX}{what}_{id}"))?;
@@ -121,21 +123,20 @@ pub fn forget_table(conn: &Connection, id: i64) -> Result<()> {
     Ok(())
 }
 
-/// Finds the tables and columns that the application renamed, and gives their numbers the new names. SQLite takes our
-/// triggers along, and rewrites their text.
+/// Finds the tables and columns that the application renamed, and gives their numbers the new names; tells which columns.
+/// SQLite takes our triggers along, and rewrites their text.
 pub fn follow_renames(conn: &Connection) -> Result<Renames> {
     let mut renames = Renames::default();
-    let sql = "SELECT t.id, t.name, s.tbl_name, s.name, s.sql FROM sqlite_schema AS s, __litemesh_table AS t
+    let sql = "SELECT t.id, t.name, s.tbl_name, s.name, s.sql, t.ident FROM sqlite_schema AS s, __litemesh_table AS t
                WHERE s.type = 'trigger' AND s.name IN (?1 || 'i_' || t.id, ?1 || 'u_' || t.id) ORDER BY s.name";
     let mut statement = conn.prepare_cached(sql)?;
     let mut rows = statement.query([PREFIX])?;
     let mut updates = Vec::new();
     while let Some(r) = rows.next()? {
         let (id, old, now): (i64, String, String) = (r.get(0)?, r.get(1)?, r.get(2)?);
-        let (trigger, sql): (String, String) = (r.get(3)?, r.get(4)?);
+        let (trigger, sql, ident): (String, String, Option<String>) = (r.get(3)?, r.get(4)?, r.get(5)?);
         if !trigger.starts_with(&format!("{PREFIX}u_")) {
             if !old.eq_ignore_ascii_case(&now) {
-                renames.0.insert(ObjectKey::new(Kind::Table, &old), now.to_lowercase());
                 updates.push((id, now));
             }
             continue;
@@ -146,7 +147,8 @@ pub fn follow_renames(conn: &Connection) -> Result<Renames> {
             if let Some(known) = known.filter(|k| !k.eq_ignore_ascii_case(&name)) {
                 let sql = "UPDATE __litemesh_column SET name = ?3 WHERE tbl = ?1 AND pos = ?2";
                 conn.execute(sql, (id, number, &name))?;
-                renames.0.insert(ObjectKey::column(&old, &known), name.to_lowercase());
+                let ident = ident.as_deref().unwrap_or(&old);
+                renames.0.insert(ObjectKey::column(ident, &known), name.to_lowercase());
             }
         }
     }
@@ -192,15 +194,41 @@ pub fn table_id(conn: &Connection, name: &str) -> Result<Option<i64>> {
     Ok(conn.query_row(find, [name], |r| r.get(0)).optional()?)
 }
 
-/// What a table and its columns are called on the wire: the name, and behind a NUL the incarnation, if it is not the
-/// first.
-pub fn wire_names(objects: &Objects, table: &Table) -> (String, Vec<String>) {
-    let wire = |key: ObjectKey, name: &str| match objects.get(&key).map_or(0, |o| o.incarnation) {
+/// A table of the application's as this file knows it.
+pub struct Local {
+    /// Its number.
+    pub id: i64,
+    /// Its name.
+    pub name: String,
+    /// What the mesh knows it as.
+    pub ident: String,
+}
+
+/// The application's tables that have numbers.
+pub fn local_tables(conn: &Connection) -> Result<Vec<Local>> {
+    let mut statement =
+        conn.prepare_cached("SELECT id, name, coalesce(ident, lower(name)) FROM __litemesh_table ORDER BY id")?;
+    let rows =
+        statement.query_map([], |r| Ok(Local { id: r.get(0)?, name: r.get(1)?, ident: r.get(2)? }))?;
+    let all = rows.collect::<rusqlite::Result<Vec<_>>>()?;
+    Ok(all.into_iter().filter(|t| !t.name.starts_with(PREFIX) && !t.name.starts_with('\0')).collect())
+}
+
+/// What a table's columns are called on the wire: the name, and behind a NUL the incarnation, if it is not the first.
+/// The table itself goes by what the mesh knows it as.
+pub fn wire_columns(objects: &Objects, ident: &str, table: &Table) -> Vec<String> {
+    let wire = |name: &str| {
+        with_incarnation(name, objects.get(&ObjectKey::column(ident, name)).map_or(0, |o| o.incarnation))
+    };
+    table.columns.iter().map(|c| wire(&c.name)).collect()
+}
+
+/// A name with its incarnation.
+pub fn with_incarnation(name: &str, incarnation: i64) -> String {
+    match incarnation {
         0 => name.to_owned(),
         n => format!("{name}\0{n}"),
-    };
-    let columns = table.columns.iter().map(|c| wire(ObjectKey::column(&table.name, &c.name), &c.name));
-    (wire(ObjectKey::new(Kind::Table, &table.name), &table.name), columns.collect())
+    }
 }
 
 /// A name from the wire and its incarnation.

@@ -2,12 +2,16 @@
 //! `__litemesh_schema`. Invariant: a row is written whole, so that of two writers one wins whole; two concurrent
 //! writes of one object that mean different things are refused, not merged.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use rusqlite::{Connection, OptionalExtension};
 use serde::{Deserialize, Serialize};
 
+use super::identity::{Classes, Idents, name_of};
+use super::materialize::moved_to;
 use super::plan::Plan;
+use super::recall::recalled;
+use super::registry::from_wire;
 use super::store::Store;
 use super::{ReplicaError, Result};
 use crate::core::capture::{OP_INSERT, OP_UPDATE, PREFIX, SCHEMA};
@@ -46,9 +50,6 @@ const KINDS: [(Kind, &str); 7] = [
     (Kind::UserVersion, "user_version"),
 ];
 
-/// The kind of a row that is no object: a node asks for rows.
-const RECALL: &str = "recall";
-
 impl Kind {
     /// The word stored and shown.
     pub fn word(self) -> &'static str {
@@ -60,7 +61,8 @@ impl Kind {
     }
 }
 
-/// What an object is called: names in lower case, the table of a column only.
+/// What an object is called: names in lower case, the table of a column only. A table goes by its identity, for its
+/// columns, too.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ObjectKey {
     /// Its kind.
@@ -95,8 +97,8 @@ impl ObjectKey {
 impl std::fmt::Display for ObjectKey {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self.kind {
-            Kind::Column => write!(f, "column {:?} of table {:?}", self.name, self.table),
-            kind => write!(f, "{} {:?}", kind.word(), self.name),
+            Kind::Column => write!(f, "column {:?} of table {:?}", self.name, from_wire(&self.table).0),
+            kind => write!(f, "{} {:?}", kind.word(), from_wire(&self.name).0),
         }
     }
 }
@@ -112,8 +114,10 @@ pub struct Recorded {
     pub place: i64,
     /// Its definition: a [`TableDef`] as JSON, a column's text, else the `CREATE` text; a number for the user version.
     pub definition: String,
-    /// The name it has now, if it was renamed.
+    /// The name it has now, if it is a column that was renamed.
     pub moved: Option<String>,
+    /// The identity of the table that an index or trigger is on.
+    pub owner: Option<String>,
 }
 
 /// Recorded objects.
@@ -148,12 +152,14 @@ pub fn shape(kind: Kind, definition: &str) -> String {
     }
 }
 
-/// The objects that are in the file and replicate.
-pub fn actual(conn: &Connection, covers: &dyn Fn(&str) -> bool) -> Result<Objects> {
+/// The objects that are in the file and replicate, tables by what they are known as.
+pub fn actual(conn: &Connection, covers: &dyn Fn(&str) -> bool, idents: &Idents) -> Result<Objects> {
     let mut objects = Objects::new();
+    let mut tables = BTreeSet::new();
     let mut add = |key: ObjectKey, place: usize, definition: String| {
         let place = place as i64;
-        objects.insert(key, Recorded { incarnation: 0, gone: false, place, definition, moved: None });
+        let made = Recorded { incarnation: 0, gone: false, place, definition, moved: None, owner: None };
+        objects.insert(key, made);
     };
     let mut statement = conn.prepare_cached(
         "SELECT s.type, s.name, s.sql, l.type, s.tbl_name FROM sqlite_schema AS s
@@ -169,10 +175,12 @@ pub fn actual(conn: &Connection, covers: &dyn Fn(&str) -> bool) -> Result<Object
             ("table", Some("virtual")) if covers(&name) => add(ObjectKey::new(Kind::Virtual, &name), 0, sql),
             ("table", Some("table")) if covers(&name) => {
                 let Some(parts) = ddl::parse_table(&sql) else { continue };
+                let ident = idents.of(&name);
                 for (place, (column, text)) in parts.columns.into_iter().enumerate() {
-                    add(ObjectKey::column(&name, &column), place, text);
+                    add(ObjectKey::column(&ident, &column), place, text);
                 }
-                let key = ObjectKey::new(Kind::Table, &name);
+                tables.insert(name.to_lowercase());
+                let key = ObjectKey::new(Kind::Table, &ident);
                 let def = TableDef { name, constraints: parts.constraints, options: parts.options };
                 let text = serde_json::to_string(&def).map_err(|e| ReplicaError::Unfit(e.to_string()))?;
                 add(key, 0, text);
@@ -185,13 +193,17 @@ pub fn actual(conn: &Connection, covers: &dyn Fn(&str) -> bool) -> Result<Object
     }
     let version: i64 = conn.pragma_query_value(None, "user_version", |r| r.get(0))?;
     add(ObjectKey::new(Kind::UserVersion, ""), 0, version.to_string());
+    for (_, object) in objects.iter_mut().filter(|(k, _)| matches!(k.kind, Kind::Index | Kind::Trigger)) {
+        let on = ddl::on_table(&object.definition).map(|t| t.to_lowercase());
+        object.owner = on.filter(|t| tables.contains(t)).map(|t| idents.of(&t));
+    }
     Ok(objects)
 }
 
 /// The objects that are recorded, dropped ones included.
 pub fn recorded(conn: &Connection) -> Result<Objects> {
     let mut statement =
-        conn.prepare_cached("SELECT kind, tbl, name, gen, gone, pos, def, moved FROM __litemesh_schema")?;
+        conn.prepare_cached("SELECT kind, tbl, name, gen, gone, pos, def, moved, owner FROM __litemesh_schema")?;
     let mut rows = statement.query([])?;
     let mut objects = Objects::new();
     while let Some(r) = rows.next()? {
@@ -199,7 +211,8 @@ pub fn recorded(conn: &Connection) -> Result<Objects> {
         let Some(kind) = Kind::of(&r.get::<_, String>(0)?) else { continue };
         let key = ObjectKey { kind, table: r.get(1)?, name: r.get(2)? };
         let (incarnation, gone, place) = (r.get(3)?, r.get(4)?, r.get(5)?);
-        let object = Recorded { incarnation, gone, place, definition: r.get(6)?, moved: r.get(7)? };
+        let (definition, moved, owner) = (r.get(6)?, r.get(7)?, r.get(8)?);
+        let object = Recorded { incarnation, gone, place, definition, moved, owner };
         objects.insert(key, object);
     }
     Ok(objects)
@@ -208,42 +221,37 @@ pub fn recorded(conn: &Connection) -> Result<Objects> {
 /// What is recorded of one object.
 pub fn recorded_one(conn: &Connection, key: &ObjectKey) -> Result<Option<Recorded>> {
     let sql =
-        "SELECT gen, gone, pos, def, moved FROM __litemesh_schema WHERE kind = ?1 AND tbl = ?2 AND name = ?3";
+        "SELECT gen, gone, pos, def, moved, owner FROM __litemesh_schema WHERE kind = ?1 AND tbl = ?2 AND name = ?3";
     let mut statement = conn.prepare_cached(sql)?;
     let found = statement.query_row((key.kind.word(), &key.table, &key.name), |r| {
         let (incarnation, gone, place) = (r.get(0)?, r.get(1)?, r.get(2)?);
-        Ok(Recorded { incarnation, gone, place, definition: r.get(3)?, moved: r.get(4)? })
+        let (definition, moved, owner) = (r.get(3)?, r.get(4)?, r.get(5)?);
+        Ok(Recorded { incarnation, gone, place, definition, moved, owner })
     });
     Ok(found.optional()?)
 }
 
-/// Whether what is recorded concerns a table that this node replicates.
-pub fn is_covered(key: &ObjectKey, object: &Recorded, covers: &dyn Fn(&str) -> bool) -> bool {
+/// Whether an object of a view of the schema concerns a table that this node replicates.
+pub fn is_covered(key: &ObjectKey, view: &Objects, covers: &dyn Fn(&str) -> bool) -> bool {
+    let table = |ident: &str| view.get(&ObjectKey::new(Kind::Table, ident)).and_then(name_of);
     match key.kind {
-        Kind::Table | Kind::Virtual => covers(&key.name),
-        Kind::Column => covers(&key.table),
-        Kind::Index | Kind::Trigger => ddl::on_table(&object.definition).is_none_or(|t| covers(&t)),
+        Kind::Table | Kind::Column => table(key.table_name()).is_none_or(|t| covers(&t)),
+        Kind::Virtual => covers(&key.name),
+        Kind::Index | Kind::Trigger => {
+            view.get(key).and_then(|o| ddl::on_table(&o.definition)).is_none_or(|t| covers(&t))
+        }
         Kind::View | Kind::UserVersion => true,
     }
 }
 
-/// Names that the application changed: old -> new, in lower case.
+/// Names that the application gave columns: old -> new, in lower case.
 #[derive(Debug, Default)]
 pub struct Renames(pub BTreeMap<ObjectKey, String>);
 
 impl Renames {
-    /// Whether what went by this name made way for what goes by it now; with a table go its columns.
+    /// Whether what went by this name made way for what goes by it now.
     fn displaced(&self, key: &ObjectKey) -> bool {
-        let took = |kind: Kind, name: &str, table: &str| {
-            self.0
-                .iter()
-                .any(|(old, new)| old.kind == kind && new == name && (table.is_empty() || old.table == table))
-        };
-        match key.kind {
-            Kind::Table => took(Kind::Table, &key.name, ""),
-            Kind::Column => took(Kind::Table, &key.table, "") || took(Kind::Column, &key.name, &key.table),
-            _ => false,
-        }
+        self.0.iter().any(|(old, new)| *new == key.name && old.kind == key.kind && old.table == key.table)
     }
 }
 
@@ -253,38 +261,86 @@ impl Store {
         if self.schema_mode == SchemaMode::Manual {
             return Ok(());
         }
-        let (known, mut actual) = (recorded(&self.conn)?, actual(&self.conn, &*self.covers)?);
+        let (known, classes) = self.view()?;
+        let idents = Idents::read(&self.conn, &known, &classes)?;
+        let mut actual = actual(&self.conn, &*self.covers, &idents)?;
         place_columns(&known, &mut actual);
         for (key, object) in &actual {
             let mut new = object.clone();
+            let mut again = false;
             match known.get(key) {
-                Some(old) if old.gone || renames.displaced(key) => new.incarnation = old.incarnation + 1,
+                Some(old) if old.gone || renames.displaced(key) => again = true,
                 Some(old) => {
-                    new.incarnation = old.incarnation;
                     let same = shape(key.kind, &old.definition) == shape(key.kind, &new.definition);
-                    if same && old.place == new.place {
+                    if same && old.place == new.place && is_called_the_same(key, old, &new) {
                         continue;
                     }
+                    new.owner = new.owner.or_else(|| old.owner.clone());
                 }
                 // A version of 0 is what every file has.
                 None if key.kind == Kind::UserVersion && new.definition == "0" => continue,
                 None => {}
             }
-            self.write_object(key, &new, known.contains_key(key))?;
+            self.write_of_class(key, &new, again, &classes)?;
         }
-        for (key, old) in known.iter().filter(|(_, o)| !o.gone) {
-            if !actual.contains_key(key) && is_covered(key, old, &*self.covers) {
+        // What goes with its table is not recorded as dropped: if the table turns out to live on, it is there with it.
+        let goes_along = |key: &ObjectKey, object: &Recorded| {
+            let table = if key.kind == Kind::Column { Some(&key.table) } else { object.owner.as_ref() };
+            table.is_some_and(|t| !actual.contains_key(&ObjectKey::new(Kind::Table, classes.of(t))))
+        };
+        for (key, old) in known.iter().filter(|(k, o)| !o.gone && !goes_along(k, o)) {
+            if !actual.contains_key(key) && is_covered(key, &known, &*self.covers) {
                 let gone = Recorded { gone: true, moved: renames.0.get(key).cloned(), ..old.clone() };
-                self.write_object(key, &gone, true)?;
+                self.write_of_class(key, &gone, false, &classes)?;
             }
         }
         Ok(())
     }
 
+    /// Writes what became of an object; of one that is of several tables that are one, to the records of all that live.
+    fn write_of_class(
+        &mut self,
+        key: &ObjectKey,
+        new: &Recorded,
+        again: bool,
+        classes: &Classes,
+    ) -> Result<()> {
+        let all = recorded(&self.conn)?;
+        let is_of_it = |k: &ObjectKey| {
+            k.kind == key.kind
+                && match k.kind {
+                    Kind::Table => classes.of(&k.name) == key.name,
+                    Kind::Column => classes.of(&k.table) == key.table && k.name == key.name,
+                    _ => k == key,
+                }
+        };
+        let of_it: Vec<(&ObjectKey, &Recorded)> = all.iter().filter(|(k, _)| is_of_it(k)).collect();
+        let living: Vec<_> = of_it.iter().filter(|(_, o)| !o.gone).collect();
+        for (key, old) in &living {
+            let incarnation = old.incarnation + i64::from(again);
+            self.write_object(key, &Recorded { incarnation, ..new.clone() }, true)?;
+        }
+        if living.is_empty() && !new.gone {
+            // A column belongs to a table that lives.
+            let holder = all.iter().find(|(k, o)| {
+                k.kind == Kind::Table && !o.gone && classes.of(&k.name) == key.table && key.kind == Kind::Column
+            });
+            let key = match holder {
+                Some((table, _)) => ObjectKey { table: table.name.clone(), ..key.clone() },
+                None => key.clone(),
+            };
+            let last = of_it.iter().map(|(_, o)| o.incarnation).max();
+            let incarnation = last.map_or(0, |n| n + 1);
+            let is_known = all.contains_key(&key);
+            self.write_object(&key, &Recorded { incarnation, ..new.clone() }, is_known)?;
+        }
+        Ok(())
+    }
+
     pub(super) fn write_object(&mut self, key: &ObjectKey, object: &Recorded, is_known: bool) -> Result<()> {
-        let sql = "INSERT OR REPLACE INTO __litemesh_schema(kind, tbl, name, gen, gone, pos, def, moved)
-                   VALUES(?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)";
-        let Recorded { incarnation, gone, place, definition, moved } = object;
+        let sql = "INSERT OR REPLACE INTO __litemesh_schema(kind, tbl, name, gen, gone, pos, def, moved, owner)
+                   VALUES(?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)";
+        let Recorded { incarnation, gone, place, definition, moved, owner } = object;
         let names = (key.kind.word(), &key.table, &key.name);
         self.conn.prepare_cached(sql)?.execute(rusqlite::params![
             names.0,
@@ -294,7 +350,8 @@ impl Store {
             gone,
             place,
             definition,
-            moved
+            moved,
+            owner
         ])?;
         let plan = self.plan(SCHEMA).expect("our own tables have plans before anything is recorded");
         let columns: Vec<u32> = plan.table.columns.iter().map(|c| c.id).collect();
@@ -333,6 +390,7 @@ impl Store {
             && before.gone
             && !after.gone
             && before.incarnation == after.incarnation
+            && name.kind == Kind::Column
         {
             self.revived.insert(name);
         }
@@ -349,8 +407,8 @@ impl Store {
         Ok(true)
     }
 
-    /// Of a table or column that was dropped, renamed or made again on two nodes at once, one may have the rows and the
-    /// other not: whoever has them will tell them again.
+    /// Of a column that was dropped, renamed or made again on two nodes at once, one may have the values and the other
+    /// not: whoever has them will tell them again.
     fn note_doubt(
         &mut self,
         plan: &Plan,
@@ -361,7 +419,7 @@ impl Store {
     ) -> Result<()> {
         let (Some(o), Some(t)) = (Object::of(plan, ours), Object::of(plan, theirs)) else { return Ok(()) };
         let fate = |o: &Object| (o.gone, o.moved.clone(), o.incarnation);
-        if !matches!(key.kind, Kind::Table | Kind::Column) || !self.is_concurrent(ours, theirs, they_saw) {
+        if key.kind != Kind::Column || !self.is_concurrent(ours, theirs, they_saw) {
             return Ok(());
         }
         let is_target = "SELECT 1 FROM __litemesh_schema WHERE kind = ?1 AND moved = ?2";
@@ -377,25 +435,6 @@ impl Store {
     fn is_concurrent(&self, ours: &Row, theirs: &Row, they_saw: &dyn Fn(Version) -> bool) -> bool {
         let (a, b) = (newest(ours), newest(theirs));
         a != b && !they_saw(a) && !self.head.vector.covers(b)
-    }
-
-    /// Asks the others to tell again what they have of a table or column that was made here without its rows.
-    pub(super) fn recall(&mut self, lacking: &ObjectKey) -> Result<()> {
-        let table = lacking.table_name();
-        let column = if lacking.kind == Kind::Column { &lacking.name[..] } else { "" };
-        let name = format!("{column}\0{}", self.head.site);
-        let sql = "INSERT INTO __litemesh_schema(kind, tbl, name, gen, gone, pos, def) VALUES(?1, ?2, ?3, 0, 0, 1, '')
-                   ON CONFLICT(kind, tbl, name) DO UPDATE SET pos = pos + 1";
-        self.conn.prepare_cached(sql)?.execute((RECALL, table, &name))?;
-        let plan = self.plan(SCHEMA).expect("our own tables have plans before anything is recorded");
-        let columns: Vec<u32> = plan.table.columns.iter().map(|c| c.id).collect();
-        let key = [RECALL, table, &name].map(|t| Value::Text(t.as_bytes().to_vec()));
-        let op = if self.sites.get(&self.conn, &plan, &key.each_ref().map(Value::as_ref))?.is_some() {
-            OP_UPDATE
-        } else {
-            OP_INSERT
-        };
-        self.log_own(&plan, &key, op, &columns)
     }
 
     /// Of two records neither of whose writers had seen the other: an error if they contradict each other; else the
@@ -425,7 +464,9 @@ impl Store {
                 let number = |o: &Object| o.definition.parse::<i64>().unwrap_or(0);
                 Ok(Some(if number(&o) >= number(&t) { ours } else { theirs }))
             }
-            (false, false) if shape(key.kind, &o.definition) == shape(key.kind, &t.definition) => Ok(None),
+            // Of indexes and triggers on different tables one has the name: nothing is lost with the other.
+            (false, false) if o.owner.is_some() && t.owner.is_some() && o.owner != t.owner => Ok(None),
+            (false, false) if o.meaning(key.kind) == t.meaning(key.kind) => Ok(None),
             (false, false) => Err(ReplicaError::Contradiction {
                 object: key.to_string(),
                 here: o.definition,
@@ -440,10 +481,19 @@ struct Object {
     gone: bool,
     definition: String,
     moved: Option<String>,
+    owner: Option<String>,
     incarnation: i64,
 }
 
 impl Object {
+    /// What it means, whatever the table that it is on is called.
+    fn meaning(&self, kind: Kind) -> String {
+        match &self.owner {
+            Some(owner) => shape(kind, &moved_to(&self.definition, owner)),
+            None => shape(kind, &self.definition),
+        }
+    }
+
     fn of(plan: &Plan, row: &Row) -> Option<Self> {
         let value = |name: &str| row.values.get(&plan.table.column(name)?.id);
         let gone = matches!(value("gone")?, Value::Int(n) if *n != 0);
@@ -452,7 +502,8 @@ impl Object {
             _ => None,
         };
         let incarnation = if let Value::Int(n) = value("gen")? { *n } else { 0 };
-        Some(Self { gone, definition: text(value("def")?)?, moved: text(value("moved")?), incarnation })
+        let (moved, owner) = (text(value("moved")?), text(value("owner")?));
+        Some(Self { gone, definition: text(value("def")?)?, moved, owner, incarnation })
     }
 }
 
@@ -464,22 +515,14 @@ fn object_key(key: &[ValueRef<'_>]) -> Option<ObjectKey> {
     Some(ObjectKey { kind: Kind::of(&text(0)?)?, table: text(1)?, name: text(2)? })
 }
 
-/// The table or column that a peer asks for: it was made there without its rows.
-fn recalled(key: &[ValueRef<'_>]) -> Option<ObjectKey> {
-    let text = |i: usize| match key.get(i) {
-        Some(ValueRef::Text(t)) => std::str::from_utf8(t).ok(),
-        _ => None,
-    };
-    let (column, _) = text(2)?.split_once('\0').filter(|_| text(0) == Some(RECALL))?;
-    Some(if column.is_empty() {
-        ObjectKey::new(Kind::Table, text(1)?)
-    } else {
-        ObjectKey::column(text(1)?, column)
-    })
-}
-
 fn newest(row: &Row) -> Version {
     row.state.versions().max().unwrap_or(Version::ZERO)
+}
+
+/// Whether a table has the name that it had; of anything else, or another spelling of it, nothing hangs on that.
+fn is_called_the_same(key: &ObjectKey, old: &Recorded, new: &Recorded) -> bool {
+    let name = |o: &Recorded| name_of(o).map(|n| n.to_lowercase());
+    key.kind != Kind::Table || name(old) == name(new)
 }
 
 /// A table's recorded columns in their order. Columns that two nodes added at once have one place: the name decides.

@@ -14,7 +14,7 @@ use super::conflict::ConflictCounts;
 use super::merging::Merging;
 use super::plan::Plan;
 use super::rekey::{self, Links, Moves};
-use super::schema::{Kind, ObjectKey};
+use super::schema::ObjectKey;
 use super::shadow::Sites;
 use super::{ReplicaError, Result};
 use crate::core::capture::FILE_FORMAT;
@@ -205,6 +205,7 @@ impl Store {
     pub(super) fn follow_schema(&mut self) -> Result<()> {
         let late = self.materialize()?;
         adopt::refresh(self, Cause::Peer)?;
+        self.merge_aside()?;
         for index in &late {
             self.settle_duplicates(index)?;
         }
@@ -215,21 +216,6 @@ impl Store {
         self.note_schema()
     }
 
-    /// Logs what this file has of tables and columns that were dropped, renamed or made again on two nodes at once.
-    pub(super) fn tell_doubtful(&mut self) -> Result<()> {
-        for key in std::mem::take(&mut self.doubtful) {
-            let Some(plan) = self.plan(key.table_name()) else { continue };
-            if key.kind == Kind::Column {
-                let column = plan.table.column(&key.name).map(|c| c.id);
-                adopt::log_new_columns(&self.conn, &plan.table, &Vec::from_iter(column))?;
-            } else {
-                adopt::log_all_rows(&self.conn, &plan.table)?;
-            }
-            self.unsettled = true;
-        }
-        Ok(())
-    }
-
     fn note_schema(&mut self) -> Result<()> {
         rekey::refresh(self)?;
         (self.schema_version, self.user_version) = self.schema_numbers()?;
@@ -238,6 +224,11 @@ impl Store {
 
     pub(super) fn plan(&self, name: &str) -> Option<Arc<Plan>> {
         self.plans.iter().find(|p| p.table.name.eq_ignore_ascii_case(name)).cloned()
+    }
+
+    /// The table that the mesh knows as this, if it is here.
+    pub(super) fn plan_of(&self, ident: &str) -> Option<Arc<Plan>> {
+        self.plans.iter().find(|p| p.wire_name == ident).cloned()
     }
 
     pub(super) fn next_lsn(&mut self) -> i64 {

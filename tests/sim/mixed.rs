@@ -79,8 +79,7 @@ fn schema_statement(r: &mut StdRng) -> String {
         4..7 => format!("ALTER TABLE x{x} ADD COLUMN c{c} TEXT DEFAULT 'none'"),
         7 => format!("ALTER TABLE x{x} DROP COLUMN c{c}"),
         8 => format!("ALTER TABLE x{x} RENAME COLUMN c{c} TO c{d}"),
-        // Renames of one table on several nodes at once are scripted: see `ddl`.
-        9 => format!("UPDATE x{x} SET a = {n} WHERE id = {id}"),
+        9 => format!("ALTER TABLE x{x} RENAME TO x{c}"),
         10 => format!("CREATE INDEX IF NOT EXISTS i{x} ON x{x}(a)"),
         11 => format!("DROP INDEX IF EXISTS i{x}"),
         12 => format!("CREATE VIEW IF NOT EXISTS v{x} AS SELECT {x}"),
