@@ -72,8 +72,9 @@ impl Store {
 
     /// The application's tables that have numbers and are in the file.
     fn tables_here(&self) -> Result<Vec<Local>> {
-        let mut is_here =
-            self.conn.prepare_cached("SELECT 1 FROM sqlite_schema WHERE type = 'table' AND lower(name) = lower(?1)")?;
+        let mut is_here = self
+            .conn
+            .prepare_cached("SELECT 1 FROM sqlite_schema WHERE type = 'table' AND lower(name) = lower(?1)")?;
         let mut here = Vec::new();
         for local in registry::local_tables(&self.conn)? {
             if is_here.exists([&local.name])? {
@@ -123,8 +124,7 @@ impl Store {
         let sql = "SELECT id, name, ident, told FROM __litemesh_table WHERE substr(name, 1, length(?1)) = ?1";
         let found: Vec<(i64, String, String, bool)> = {
             let mut statement = self.conn.prepare_cached(sql)?;
-            let rows = statement
-                .query_map([ASIDE], |r| Ok((r.get(0)?, r.get(1)?, r.get(2)?, r.get(3)?)))?;
+            let rows = statement.query_map([ASIDE], |r| Ok((r.get(0)?, r.get(1)?, r.get(2)?, r.get(3)?)))?;
             rows.collect::<rusqlite::Result<_>>()?
         };
         let classes = self.view()?.1;
@@ -151,11 +151,8 @@ impl Store {
         if here != there {
             return Err(ReplicaError::OtherKey { table: into.table.name.clone(), here, there });
         }
-        let columns: BTreeMap<u32, u32> = table
-            .columns
-            .iter()
-            .filter_map(|c| Some((c.id, into.table.column(&c.name)?.id)))
-            .collect();
+        let columns: BTreeMap<u32, u32> =
+            table.columns.iter().filter_map(|c| Some((c.id, into.table.column(&c.name)?.id))).collect();
         let from = Plan::new(table, String::new(), Vec::new());
         let mut deferred = Vec::new();
         for key in self.all_keys(&from)? {
@@ -181,7 +178,8 @@ impl Store {
             ident(&plan.table.name)
         );
         let mut statement = self.conn.prepare(&sql)?;
-        let rows = statement.query_map([], |r| (0..count).map(|i| get(r, i).map(|v| v.to_value())).collect())?;
+        let rows =
+            statement.query_map([], |r| (0..count).map(|i| get(r, i).map(|v| v.to_value())).collect())?;
         Ok(rows.collect::<rusqlite::Result<_>>()?)
     }
 

@@ -118,8 +118,11 @@ impl Idents {
             let ident = classes.of(&t.ident).to_owned();
             (!is_gone(&ident)).then(|| (t.name.to_lowercase(), ident))
         });
+        let numbered: BTreeMap<String, String> = numbered.collect();
+        // A table that has just been renamed here is still recorded under the name that may be another's now.
+        let here: BTreeSet<&String> = numbered.values().collect();
         let named = tables()
-            .filter(|(_, t)| !t.gone)
+            .filter(|(k, t)| !t.gone && !here.contains(&k.name))
             .filter_map(|(k, t)| Some((name_of(t)?.to_lowercase(), k.name.clone())));
         let mut made = BTreeMap::new();
         for ident in recorded(conn)?.keys().filter(|k| k.kind == Kind::Table) {
@@ -127,7 +130,8 @@ impl Idents {
             let last = made.entry(name.to_owned()).or_insert(incarnation);
             *last = incarnation.max(*last);
         }
-        Ok(Self { numbered: numbered.collect(), recorded: named.collect(), made })
+        let recorded = named.collect();
+        Ok(Self { numbered, recorded, made })
     }
 
     /// What the table of this name is known as.

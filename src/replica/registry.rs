@@ -206,10 +206,9 @@ pub struct Local {
 
 /// The application's tables that have numbers.
 pub fn local_tables(conn: &Connection) -> Result<Vec<Local>> {
-    let mut statement =
-        conn.prepare_cached("SELECT id, name, coalesce(ident, lower(name)) FROM __litemesh_table ORDER BY id")?;
-    let rows =
-        statement.query_map([], |r| Ok(Local { id: r.get(0)?, name: r.get(1)?, ident: r.get(2)? }))?;
+    let mut statement = conn
+        .prepare_cached("SELECT id, name, coalesce(ident, lower(name)) FROM __litemesh_table ORDER BY id")?;
+    let rows = statement.query_map([], |r| Ok(Local { id: r.get(0)?, name: r.get(1)?, ident: r.get(2)? }))?;
     let all = rows.collect::<rusqlite::Result<Vec<_>>>()?;
     Ok(all.into_iter().filter(|t| !t.name.starts_with(PREFIX) && !t.name.starts_with('\0')).collect())
 }

@@ -202,8 +202,8 @@ pub fn actual(conn: &Connection, covers: &dyn Fn(&str) -> bool, idents: &Idents)
 
 /// The objects that are recorded, dropped ones included.
 pub fn recorded(conn: &Connection) -> Result<Objects> {
-    let mut statement =
-        conn.prepare_cached("SELECT kind, tbl, name, gen, gone, pos, def, moved, owner FROM __litemesh_schema")?;
+    let mut statement = conn
+        .prepare_cached("SELECT kind, tbl, name, gen, gone, pos, def, moved, owner FROM __litemesh_schema")?;
     let mut rows = statement.query([])?;
     let mut objects = Objects::new();
     while let Some(r) = rows.next()? {
@@ -220,8 +220,7 @@ pub fn recorded(conn: &Connection) -> Result<Objects> {
 
 /// What is recorded of one object.
 pub fn recorded_one(conn: &Connection, key: &ObjectKey) -> Result<Option<Recorded>> {
-    let sql =
-        "SELECT gen, gone, pos, def, moved, owner FROM __litemesh_schema WHERE kind = ?1 AND tbl = ?2 AND name = ?3";
+    let sql = "SELECT gen, gone, pos, def, moved, owner FROM __litemesh_schema WHERE kind = ?1 AND tbl = ?2 AND name = ?3";
     let mut statement = conn.prepare_cached(sql)?;
     let found = statement.query_row((key.kind.word(), &key.table, &key.name), |r| {
         let (incarnation, gone, place) = (r.get(0)?, r.get(1)?, r.get(2)?);
@@ -323,7 +322,10 @@ impl Store {
         if living.is_empty() && !new.gone {
             // A column belongs to a table that lives.
             let holder = all.iter().find(|(k, o)| {
-                k.kind == Kind::Table && !o.gone && classes.of(&k.name) == key.table && key.kind == Kind::Column
+                k.kind == Kind::Table
+                    && !o.gone
+                    && classes.of(&k.name) == key.table
+                    && key.kind == Kind::Column
             });
             let key = match holder {
                 Some((table, _)) => ObjectKey { table: table.name.clone(), ..key.clone() },
@@ -338,7 +340,8 @@ impl Store {
     }
 
     pub(super) fn write_object(&mut self, key: &ObjectKey, object: &Recorded, is_known: bool) -> Result<()> {
-        let sql = "INSERT OR REPLACE INTO __litemesh_schema(kind, tbl, name, gen, gone, pos, def, moved, owner)
+        let sql =
+            "INSERT OR REPLACE INTO __litemesh_schema(kind, tbl, name, gen, gone, pos, def, moved, owner)
                    VALUES(?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)";
         let Recorded { incarnation, gone, place, definition, moved, owner } = object;
         let names = (key.kind.word(), &key.table, &key.name);

@@ -6,7 +6,7 @@ use crate::site::{START_MS, Site, talk};
 
 const SCHEMA: &str = "CREATE TABLE t(id INTEGER PRIMARY KEY, v)";
 
-fn duo(test: &str, schema: &str) -> (Site, Site) {
+pub fn duo(test: &str, schema: &str) -> (Site, Site) {
     let site = |name, site| Site::with_mode(test, name, (site, 7), schema, SchemaMode::Replicate);
     let (mut a, mut b) = (site("a", 1), site("b", 2));
     meet(&mut a, &mut b);
@@ -28,7 +28,7 @@ pub fn exchange(a: &mut Site, b: &mut Site) {
     panic!("they never come to rest");
 }
 
-fn meet(a: &mut Site, b: &mut Site) {
+pub fn meet(a: &mut Site, b: &mut Site) {
     exchange(a, b);
     assert_eq!(a.shape(), b.shape());
     assert_eq!((a.stopped(), b.stopped()), (String::new(), String::new()));

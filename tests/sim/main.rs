@@ -9,6 +9,7 @@
 mod clocks;
 mod compare;
 mod ddl;
+mod ddl_names;
 mod history;
 mod mixed;
 mod rare;
@@ -165,7 +166,7 @@ fn mix(name: &str, default: u64, options: impl Fn(u64) -> mixed::Options) {
 
 #[test]
 fn changes_of_the_schema_converge() {
-    mix("schema", 60, |seed| mixed::Options {
+    mix("schema", 90, |seed| mixed::Options {
         nodes: 2 + (seed % 3) as usize,
         ddl: true,
         ..mixed::Options::storm()

@@ -21,6 +21,9 @@ use rusqlite::Connection;
 use crate::history::plain_statement;
 use crate::world::{SCHEMA, UNIQUE};
 
+/// A table that everybody renames and nobody drops.
+const RENAMED: &str = "CREATE TABLE r0(id TEXT PRIMARY KEY NOT NULL, n)";
+
 use super::rekey_oracle::{self, Oracle};
 
 /// What a run is like.
@@ -73,7 +76,7 @@ fn schema_statement(r: &mut StdRng) -> String {
     let x = r.random_range(0..3);
     let (c, d) = (r.random_range(0..3), r.random_range(0..3));
     let (id, n) = (r.random_range(1..6), r.random_range(0..100));
-    match r.random_range(0..20) {
+    match r.random_range(0..23) {
         0..3 => format!("CREATE TABLE IF NOT EXISTS x{x}(id INTEGER PRIMARY KEY, a)"),
         3 => format!("DROP TABLE x{x}"),
         4..7 => format!("ALTER TABLE x{x} ADD COLUMN c{c} TEXT DEFAULT 'none'"),
@@ -86,6 +89,10 @@ fn schema_statement(r: &mut StdRng) -> String {
         13 => format!("DROP VIEW v{x}"),
         14 => format!("UPDATE x{x} SET c{c} = 'w{n}' WHERE id = {id}"),
         15 => format!("DELETE FROM x{x} WHERE id = {id}"),
+        16 => format!("ALTER TABLE r{x} RENAME TO r{c}"),
+        17 => format!(
+            "ALTER TABLE x{c} RENAME TO y; ALTER TABLE x{d} RENAME TO x{c}; ALTER TABLE y RENAME TO x{d}"
+        ),
         _ => format!("INSERT OR REPLACE INTO x{x}(id, a) VALUES({id}, {n})"),
     }
 }
@@ -157,6 +164,9 @@ impl World {
         app.pragma_update(None, "foreign_keys", self.options.oracle && self.seed.is_multiple_of(4)).unwrap();
         if self.options.uniques {
             app.execute_batch(UNIQUE).unwrap();
+        }
+        if self.options.ddl {
+            app.execute_batch(RENAMED).unwrap();
         }
         adopt::install(&app, 77, SiteId(1_000 + i as u64)).unwrap();
         self.net.up(&name);
@@ -277,7 +287,11 @@ impl World {
         for _ in 0..statements {
             let sql = self.statement(i, &mut fresh);
             // Constraint errors are the application's own affair.
-            let _ = self.nodes[i].app.execute_batch(&sql);
+            let done = self.nodes[i].app.execute_batch(&sql).is_ok();
+            // What was written under a name that the table has here by chance counts only if it has.
+            if let Some((_, key)) = sql.split_once("INTO r").filter(|_| done) {
+                fresh.push(key.split('\'').nth(1).unwrap().to_owned());
+            }
         }
         // What the application's clock said: the same host's, so as wrong.
         let wall_ms = self.now_ms.saturating_add_signed(self.nodes[i].skew_ms);
@@ -312,6 +326,10 @@ impl World {
         }
         if self.options.ddl && r.random_bool(0.4) {
             return schema_statement(r);
+        }
+        if self.options.ddl && r.random_bool(0.1) {
+            self.next_id += 1;
+            return format!("INSERT INTO r{} VALUES('{i}-{}', {n})", id % 3, self.next_id);
         }
         let which = r.random_range(0..14);
         plain_statement(which, (id, other, n), or).unwrap_or_else(|| {
@@ -439,8 +457,11 @@ impl World {
             }
             return;
         }
+        let renamed: Vec<&String> = expected.keys().filter(|t| t.starts_with('r')).collect();
+        assert_eq!(renamed.len(), usize::from(self.options.ddl), "seed {}: {renamed:?}", self.seed);
+        let kept = expected.iter().filter(|(t, _)| *t == "mine(id,n)" || renamed.contains(t));
         let mine: BTreeSet<&str> =
-            expected["mine(id,n)"].iter().map(|r| r.split('|').next().unwrap()).collect();
+            kept.flat_map(|(_, rows)| rows).map(|r| r.split('|').next().unwrap()).collect();
         for key in &self.acknowledged {
             let quoted = format!("'{key}'");
             assert!(
