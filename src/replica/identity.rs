@@ -81,6 +81,7 @@ pub fn view(all: &Objects, classes: &Classes) -> Objects {
         .filter(|(k, o)| matches!(k.kind, Kind::View | Kind::Virtual) && !o.gone)
         .map(|(k, _)| k.name.clone())
         .collect();
+    let names: BTreeSet<String> = tables.values().flatten().map(|n| n.to_lowercase()).collect();
     let attached = view.iter_mut().filter(|(k, o)| matches!(k.kind, Kind::Index | Kind::Trigger) && !o.gone);
     for (_, object) in attached {
         let named = on_table(&object.definition).unwrap_or_default().to_lowercase();
@@ -90,7 +91,7 @@ pub fn view(all: &Objects, classes: &Classes) -> Objects {
             }
             Some(Some(_)) => {}
             Some(None) => object.gone = true,
-            None => object.gone = !views.contains(&named),
+            None => object.gone = !views.contains(&named) && !names.contains(&named),
         }
     }
     view
