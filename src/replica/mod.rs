@@ -29,6 +29,7 @@ pub mod schema;
 pub mod send;
 pub mod shadow;
 pub mod store;
+pub mod turns;
 pub mod unique;
 pub mod verify;
 pub mod watch;
