@@ -1,7 +1,7 @@
 //! One database's part of the protocol: what to do with what arrives, and when to ask. Invariant: nothing depends on
 //! a next message coming; every hole is found by comparing what nodes hold.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use super::absorb::OwnCommit;
@@ -9,6 +9,7 @@ use super::apply::PeerCommit;
 use super::assemble::Assembler;
 use super::body::Body;
 use super::conflict::Retention;
+use super::log_reading::LogReading;
 use super::store::Store;
 use super::{ReplicaError, Result};
 use crate::core::message::{CommitHeader, Fragment, Holding, Message, SyncPage, SyncRequest};
@@ -16,6 +17,7 @@ use crate::core::names::{DbName, NodeName};
 use crate::core::skew::Judgement;
 use crate::core::vector::{Point, Vector};
 use crate::core::version::SiteId;
+use crate::fabric::link::LogRequest;
 
 /// How far a clock may be ahead of the mesh's before its writes wait, if nothing else is said.
 pub const MAX_SKEW_MS: u64 = 60_000;
@@ -42,6 +44,8 @@ pub enum Action {
     Broadcast(Message),
     /// Tell one node.
     Send(NodeName, Message),
+    /// Read a node's log.
+    ReadLog(LogRequest),
     /// Tell the operator.
     Warn(String),
 }
@@ -90,6 +94,8 @@ pub struct Counters {
     pub commits_applied: u64,
     /// Times rows were fetched from a peer because of a hole.
     pub peer_syncs: u64,
+    /// Pieces of commits that were read from peers' logs because of a hole.
+    pub logged_pieces: u64,
     /// Messages that could not be read.
     pub messages_refused: u64,
     /// Commits applied before their cause, because its feed stands still.
@@ -104,12 +110,13 @@ pub struct Engine {
     pub(super) store: Store,
     pub(super) feeds: BTreeMap<SiteId, Feed>,
     assembler: Assembler,
-    peers: BTreeMap<NodeName, Peer>,
+    pub(super) peers: BTreeMap<NodeName, Peer>,
     sync: Option<Sync>,
+    pub(super) logs: LogReading,
     sync_error: Option<(String, u64)>,
     hole_since_ms: Option<u64>,
     announced: (Vector, u64),
-    next_request: u64,
+    pub(super) next_request: u64,
     pub(super) counters: Counters,
     pub(super) actions: Vec<Action>,
     pub(super) clocks: Judgement,
@@ -127,6 +134,7 @@ impl Engine {
             assembler: Assembler::new(spool_dir),
             peers: BTreeMap::new(),
             sync: None,
+            logs: LogReading::new(spool_dir),
             sync_error: None,
             hole_since_ms: None,
             announced: (Vector::default(), 0),
@@ -169,9 +177,9 @@ impl Engine {
         self.feeds.values().map(|f| f.pending.len()).sum()
     }
 
-    /// Whether rows are being fetched from a peer.
+    /// Whether what was missed is being fetched.
     pub fn is_syncing(&self) -> bool {
-        self.sync.is_some()
+        self.sync.is_some() || self.logs.is_reading()
     }
 
     /// Why anything stands still, for people.
@@ -237,14 +245,14 @@ impl Engine {
         Ok(())
     }
 
-    fn refuse(&mut self, what: &str) {
+    pub(super) fn refuse(&mut self, what: &str) {
         self.counters.messages_refused += 1;
         if self.counters.messages_refused.is_power_of_two() {
             self.actions.push(Action::Warn(format!("refused {what}")));
         }
     }
 
-    fn add_pending(&mut self, commit: PeerCommit) {
+    pub(super) fn add_pending(&mut self, commit: PeerCommit) {
         if commit.header.to <= self.store.head().vector.n(commit.site) {
             return;
         }
@@ -467,17 +475,23 @@ impl Engine {
         let is_stuck = |f: &Feed| f.stopped.is_some() && !f.schema_stopped;
         let stuck = self.feeds.iter().filter(|(_, f)| is_stuck(f)).map(|(s, _)| *s);
         let stuck: Vec<SiteId> = stuck.collect();
-        let lacking = |p: &Peer| {
-            let missing = |(s, point): (&SiteId, &Point)| reach.n(*s) < point.n && !stuck.contains(s);
-            p.holding.vector.0.iter().any(missing)
-        };
-        let candidate = self.peers.iter().filter(|(_, p)| lacking(p)).max_by_key(|(_, p)| p.heard_ms);
-        let Some((name, peer)) = candidate.map(|(n, p)| (n.clone(), p.holding.site)) else {
+        let is_missing = |(s, point): &(&SiteId, &Point)| reach.n(**s) < point.n && !stuck.contains(s);
+        let missing: BTreeSet<SiteId> = (self.peers.values())
+            .flat_map(|p| p.holding.vector.0.iter().filter(is_missing).map(|(s, _)| *s))
+            .collect();
+        self.logs.expire(&missing, now_ms);
+        if missing.is_empty() {
             self.hole_since_ms = None;
             return Ok(());
-        };
+        }
         let since = *self.hole_since_ms.get_or_insert(now_ms);
-        if now_ms >= since + HOLE_GRACE_MS { self.start_sync(name, peer, now_ms) } else { Ok(()) }
+        if now_ms < since + HOLE_GRACE_MS || self.reads_logs(&missing, now_ms)? {
+            return Ok(());
+        }
+        let lacking = |p: &Peer| p.holding.vector.0.iter().any(|entry| is_missing(&entry));
+        let candidate = self.peers.iter().filter(|(_, p)| lacking(p)).max_by_key(|(_, p)| p.heard_ms);
+        let Some((name, peer)) = candidate.map(|(n, p)| (n.clone(), p.holding.site)) else { return Ok(()) };
+        self.start_sync(name, peer, now_ms)
     }
 
     fn start_sync(&mut self, peer: NodeName, site: SiteId, now_ms: u64) -> Result<()> {

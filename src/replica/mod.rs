@@ -14,6 +14,7 @@ pub mod copy;
 pub mod dates;
 pub mod engine;
 pub mod entry;
+pub mod log_reading;
 pub mod materialize;
 pub mod merging;
 pub mod page;

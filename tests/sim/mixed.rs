@@ -343,6 +343,7 @@ impl World {
                         engine.on_message(&from, message, now).unwrap();
                     }
                 }
+                Incoming::Logged(logged) => engine.on_logged(&logged, now).unwrap(),
             }
         }
         let hello = self.now_ms >= self.next_hello_ms;
@@ -385,6 +386,7 @@ impl World {
             Action::Send(to, m) => message_pieces(&m, |payload| {
                 net.send(from, Outgoing::Direct { to: to.clone(), payload }, now);
             }),
+            Action::ReadLog(asked) => net.send(from, Outgoing::ReadLog(asked), now),
             Action::Warn(text) => println!("{from}: {text}"),
         }
     }

@@ -355,6 +355,7 @@ impl World {
                         engine.on_message(&from, message, now).unwrap();
                     }
                 }
+                Incoming::Logged(logged) => engine.on_logged(&logged, now).unwrap(),
             }
         }
         for i in 0..self.nodes.len() {
@@ -405,6 +406,7 @@ impl World {
             Action::Send(to, m) => {
                 message_pieces(&m, |payload| send(Outgoing::Direct { to: to.clone(), payload }));
             }
+            Action::ReadLog(asked) => send(Outgoing::ReadLog(asked)),
             Action::Warn(_) => {}
         }
     }
