@@ -17,11 +17,11 @@ use crate::core::verify::Outcome;
 use crate::fabric::Fabric;
 use crate::replica::clock::steady_ms;
 use crate::replica::conflict::ConflictCounts;
-use crate::replica::engine::Engine;
+use crate::replica::engine::{Engine, Peer};
 use crate::replica::worker::Report;
 use crate::status::StatusHandle;
 use crate::status::model::{
-    DatabasePeer, DatabaseState, DatabaseStatus, FabricStatus, PeerStatus, Status, Verified,
+    CatchingUp, DatabasePeer, DatabaseState, DatabaseStatus, FabricStatus, PeerStatus, Status, Verified,
 };
 
 /// How often the whole is put together.
@@ -289,6 +289,8 @@ fn describe(
         rows_published: counters.rows_published,
         commits_applied: counters.commits_applied,
         peer_syncs: counters.peer_syncs,
+        logged_pieces: counters.logged_pieces,
+        catching_up: catching_up(engine, now_ms),
         messages_refused: counters.messages_refused,
         conflicts: conflicts.open,
         id_collisions: conflicts.collisions,
@@ -301,6 +303,25 @@ fn describe(
         verified: None,
         peers: peers.collect(),
     }
+}
+
+fn catching_up(engine: &Engine, now_ms: u64) -> Option<CatchingUp> {
+    let c = engine.catching_up()?;
+    let held = &engine.store().head().vector;
+    let missing =
+        |p: &Peer| -> u64 { p.holding.vector.0.iter().map(|(s, p)| p.n.saturating_sub(held.n(*s))).sum() };
+    let for_s = now_ms.saturating_sub(c.since_ms) as f64 / 1_000.0;
+    let rate = |n: u64| if for_s > 0.0 { n as f64 / for_s } else { 0.0 };
+    Some(CatchingUp {
+        via: c.via.to_owned(),
+        node: c.node.to_string(),
+        for_s,
+        missing_commits: engine.peers().values().map(missing).max().unwrap_or(0),
+        commits: c.commits,
+        commits_per_s: rate(c.commits),
+        bytes: c.bytes,
+        bytes_per_s: rate(c.bytes),
+    })
 }
 
 /// How far the file's clock is ahead of the mesh's, if that is further than other nodes follow.

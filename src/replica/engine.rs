@@ -10,6 +10,7 @@ use super::assemble::Assembler;
 use super::body::Body;
 use super::conflict::Retention;
 use super::log_reading::LogReading;
+use super::progress::CatchUp;
 use super::store::Store;
 use super::{ReplicaError, Result};
 use crate::core::message::{CommitHeader, Fragment, Holding, Message, SyncPage, SyncRequest};
@@ -31,7 +32,7 @@ pub(super) const RETRY_MS: u64 = 2_000;
 const ANNOUNCE_MS: u64 = 1_000;
 const ANNOUNCE_IDLE_MS: u64 = 20_000;
 /// What may wait in memory or spool for its turn, a feed; more is dropped and asked for again.
-const PENDING_BYTES: u64 = 256 * 1024 * 1024;
+const PENDING_BYTES: u64 = 64 * 1024 * 1024;
 const PENDING_COMMITS: usize = 20_000;
 /// How often to look for conflicts that are to go.
 const PRUNE_MS: u64 = 60_000;
@@ -115,6 +116,7 @@ pub struct Engine {
     pub(super) logs: LogReading,
     sync_error: Option<(String, u64)>,
     hole_since_ms: Option<u64>,
+    pub(super) catch_up: Option<CatchUp>,
     announced: (Vector, u64),
     pub(super) next_request: u64,
     pub(super) counters: Counters,
@@ -137,6 +139,7 @@ impl Engine {
             logs: LogReading::new(spool_dir),
             sync_error: None,
             hole_since_ms: None,
+            catch_up: None,
             announced: (Vector::default(), 0),
             next_request: 1,
             counters: Counters::default(),
@@ -354,6 +357,7 @@ impl Engine {
             sync.request.after_lsn = page.next_lsn;
             let ask = Message::SyncRequest(sync.request.clone());
             self.actions.push(Action::Send(from.clone(), ask));
+            self.caught_up(page.frames.iter().map(bytes::Bytes::len).sum());
             return Ok(());
         };
         let Some(mut sync) = self.sync.take() else { return Ok(()) };
@@ -482,6 +486,7 @@ impl Engine {
         self.logs.expire(&missing, now_ms);
         if missing.is_empty() {
             self.hole_since_ms = None;
+            self.catch_up = None;
             return Ok(());
         }
         let since = *self.hole_since_ms.get_or_insert(now_ms);
@@ -496,6 +501,7 @@ impl Engine {
 
     fn start_sync(&mut self, peer: NodeName, site: SiteId, now_ms: u64) -> Result<()> {
         self.next_request += 1;
+        self.catches_up("rows", &peer, now_ms);
         let head = self.store.head();
         let request = SyncRequest {
             db: self.db.clone(),

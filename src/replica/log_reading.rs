@@ -101,6 +101,7 @@ impl Engine {
 
     fn read_log(&mut self, site: SiteId, node: NodeName, now_ms: u64) {
         self.next_request += 1;
+        self.catches_up("log", &node, now_ms);
         let next = self.logs.next.get(&site);
         let asked = LogRequest {
             node,
@@ -144,6 +145,7 @@ impl Engine {
             }
         }
         self.counters.logged_pieces += logged.pieces.len() as u64;
+        self.caught_up(logged.pieces.iter().map(bytes::Bytes::len).sum());
         match &logged.end {
             LogEnd::More(position) if !logged.pieces.is_empty() => {
                 let bytes = (asked.max_bytes * 2).min(MOST_BYTES);

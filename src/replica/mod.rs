@@ -19,6 +19,7 @@ pub mod materialize;
 pub mod merging;
 pub mod page;
 pub mod plan;
+pub mod progress;
 pub mod registry;
 pub mod rekey;
 pub mod repair;

@@ -3,6 +3,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod catchup;
 mod crash;
 mod join;
 mod rebuild;
