@@ -39,8 +39,7 @@ struct Asked {
 
 impl Asked {
     fn new() -> Self {
-        let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-        let seed = number("LITEMESH_FAULTS_SEED", clock.map_or(0, |d| d.as_millis() as u64 % 1_000_000));
+        let seed = number("LITEMESH_FAULTS_SEED", 1);
         let nodes = number("LITEMESH_FAULTS_NODES", 2 + seed % 2) as usize;
         assert!((2..=5).contains(&nodes), "LITEMESH_FAULTS_NODES is 2 to 5");
         let mut binaries = vec![PathBuf::from(env!("CARGO_BIN_EXE_litemesh"))];
@@ -121,7 +120,14 @@ fn run(asked: &Asked, temp: &std::path::Path) -> Result<(), Vec<String>> {
     let rounds = plan::rounds(asked.plan);
     let started = Instant::now();
     let mut world = World::new(temp, asked.plan.seed, asked.plan.nodes, &asked.binaries);
-    println!("{} nodes, {} rounds; delays by {}", asked.plan.nodes, rounds.len(), world.network.delays_by());
+    let clocks =
+        if node::faketime().is_some() { "faketime" } else { "nothing (no faketime): litemesh's clock only" };
+    println!(
+        "{} nodes, {} rounds; delays by {}, applications' clocks by {clocks}",
+        asked.plan.nodes,
+        rounds.len(),
+        world.network.delays_by()
+    );
     let mut longest = Duration::ZERO;
     for (number, round) in rounds.iter().enumerate() {
         nemesis::run(&mut world, round);
@@ -130,10 +136,11 @@ fn run(asked: &Asked, temp: &std::path::Path) -> Result<(), Vec<String>> {
         }
         world.note("heal");
         world.heal();
-        match check::converge(&mut world) {
-            Ok(took) => longest = longest.max(took),
-            Err(why) => world.journal.get().violation(why),
-        }
+        let took = check::converge(&mut world).unwrap_or_else(|why| {
+            world.journal.get().violation(why);
+            world::PATIENCE
+        });
+        longest = longest.max(took);
         let wrong = if world.failed() { Vec::new() } else { check::files(&world) };
         wrong.into_iter().for_each(|w| world.journal.get().violation(w));
         println!(

@@ -50,8 +50,13 @@ fn inject(world: &mut World, fault: &Fault) -> bool {
         Kind::Pause(victim) => pause(world, i, *victim, until),
         Kind::Restart => restart(world, i, until),
         Kind::Clock(offset_ms) => {
+            if !restart(world, i, until) {
+                return false;
+            }
             world.nodes[i].clock_offset_ms = *offset_ms;
-            restart(world, i, until)
+            // The applications see the same clock.
+            kill(world, i, Victim::Writer, until);
+            true
         }
         Kind::Swap => {
             let node = &mut world.nodes[i];
@@ -182,6 +187,6 @@ fn ddl(world: &mut World, i: usize, fault: &Fault) -> bool {
         return false;
     }
     let done = world.injected.get(&fault.kind.name()).copied().unwrap_or_default();
-    world.changing = Some((i, App::start("ddl", &node.name, done, &node.file(), &world.journal)));
+    world.changing = Some((i, App::start("ddl", node, done, &world.journal)));
     true
 }

@@ -25,16 +25,21 @@ pub struct App {
 
 impl App {
     /// Starts this program again as an application.
-    pub fn start(role: &str, node: &str, number: u64, file: &Path, journal: &SharedJournal) -> Self {
-        let me = std::env::current_exe().expect("this program");
-        let mut child = Command::new("setpriv")
+    pub fn start(role: &str, of: &Node, number: u64, journal: &SharedJournal) -> Self {
+        let (me, node) = (std::env::current_exe().expect("this program"), &of.name);
+        let mut command = Command::new("setpriv");
+        command
             .args(["--pdeathsig", "KILL"])
             .arg(me)
-            .env(ROLE, format!("{role} {node} {number} {}", file.display()))
+            .env(ROLE, format!("{role} {node} {number} {}", of.file().display()))
             .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("an application");
+            .stdout(Stdio::piped());
+        // The clock of a host is wrong for all that runs there.
+        if let Some(library) = faketime().filter(|_| of.clock_offset_ms != 0) {
+            command.env("LD_PRELOAD", library).env("FAKETIME_DONT_FAKE_MONOTONIC", "1");
+            command.env("FAKETIME", format!("{:+.3}", of.clock_offset_ms as f64 / 1_000.0));
+        }
+        let mut child = command.spawn().expect("an application");
         let (out, journal, node) = (child.stdout.take().expect("a pipe"), journal.clone(), node.to_owned());
         let listener = std::thread::spawn(move || {
             for line in BufReader::new(out).lines().map_while(Result::ok) {
@@ -79,6 +84,12 @@ impl Drop for App {
         let _ = self.child.kill();
         self.wait();
     }
+}
+
+/// The library that gives a process another time, if it is installed.
+pub fn faketime() -> Option<PathBuf> {
+    let directories = fs::read_dir("/usr/lib").into_iter().flatten().flatten().map(|e| e.path());
+    directories.map(|d| d.join("faketime/libfaketime.so.1")).find(|p| p.is_file())
 }
 
 /// Until when something is so.

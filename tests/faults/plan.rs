@@ -113,7 +113,9 @@ pub fn rounds(options: Options) -> Vec<Round> {
     let mut rounds = Vec::new();
     let mut coming = Deck::default();
     while left_ms > 0 {
-        let lasts_ms = left_ms.min(rng.random_range(12_000..=30_000));
+        let some_ms = rng.random_range(12_000..=30_000);
+        // What is left then would be too short to be a round of its own.
+        let lasts_ms = if left_ms < some_ms + 8_000 { left_ms } else { some_ms };
         left_ms -= lasts_ms;
         rounds.push(Round { lasts_ms, faults: faults(&mut rng, options, lasts_ms, &mut coming) });
     }

@@ -179,23 +179,29 @@ impl World {
             if self.nodes[i].behind && !self.has_what_it_had(i) {
                 continue;
             }
-            let (node, journal, started) = (&mut self.nodes[i], &self.journal, &mut self.started);
-            node.behind = false;
-            let due = |until: Option<Until>| until.is_none_or(|u| u.0 <= now);
-            for role in ["writer", "reader"] {
-                let (app, down) = match role {
-                    "writer" => (&mut node.writer, node.writer_down_until),
-                    _ => (&mut node.reader, node.reader_down_until),
-                };
-                if let Some(status) = app.as_mut().and_then(App::ended) {
-                    journal.get().violation(format!("the {role} of {} ended by itself: {status}", node.name));
-                    *app = None;
-                }
-                if app.is_none() && due(down) {
-                    *started += 1;
-                    let file = node.home.join("db/app.db");
-                    *app = Some(App::start(role, &node.name, self.seed ^ *started, &file, journal));
-                }
+            self.nodes[i].behind = false;
+            self.tick_application(i, "writer", now);
+            self.tick_application(i, "reader", now);
+        }
+    }
+
+    fn tick_application(&mut self, i: usize, role: &str, now: Instant) {
+        let node = &mut self.nodes[i];
+        let (app, down_until) = match role {
+            "writer" => (&mut node.writer, node.writer_down_until),
+            _ => (&mut node.reader, node.reader_down_until),
+        };
+        if let Some(status) = app.as_mut().and_then(App::ended) {
+            let what = format!("the {role} of {} ended by itself: {status}", node.name);
+            self.journal.get().violation(what);
+            *app = None;
+        }
+        if app.is_none() && down_until.is_none_or(|until| until.0 <= now) {
+            self.started += 1;
+            let app = Some(App::start(role, node, self.seed ^ self.started, &self.journal));
+            match role {
+                "writer" => node.writer = app,
+                _ => node.reader = app,
             }
         }
     }
