@@ -143,14 +143,14 @@ fn run(asked: &Asked, temp: &std::path::Path) -> Result<(), Vec<String>> {
         longest = longest.max(took);
         let wrong = if world.failed() { Vec::new() } else { check::files(&world) };
         wrong.into_iter().for_each(|w| world.journal.get().violation(w));
-        println!(
-            "round {number}: {} faults, all equal again {} ms after healing",
-            round.faults.len(),
-            longest.as_millis()
-        );
         if world.failed() {
             break;
         }
+        println!(
+            "round {number}: {} faults, all equal {} ms after healing",
+            round.faults.len(),
+            took.as_millis()
+        );
     }
     report(&world, started.elapsed(), longest);
     finish(world)

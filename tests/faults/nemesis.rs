@@ -160,9 +160,13 @@ fn put_back(world: &mut World, i: usize, killed: bool, until: Until, choice: u64
     for app in [node.writer.take(), node.reader.take()].into_iter().flatten() {
         app.kill();
     }
-    match node.ask(&["sync", "--timeout", "6s"], 8) {
-        Ok(said) if !said.starts_with("no other node") => {}
-        _ => return false,
+    let later = Some(Until(Instant::now() + Duration::from_secs(60)));
+    (node.writer_down_until, node.reader_down_until) = (later, later);
+    let others_have_it = others_have_all(world, i);
+    let node = &mut world.nodes[i];
+    (node.writer_down_until, node.reader_down_until) = (None, None);
+    if !others_have_it || node.litemesh.is_none() || node.full_until.is_some() {
+        return false;
     }
     if killed {
         node.kill();
@@ -178,6 +182,19 @@ fn put_back(world: &mut World, i: usize, killed: bool, until: Until, choice: u64
     world.journal.get().forget_seen(&world.nodes[i].name);
     world.note(&format!("put back {}", copy.display()));
     true
+}
+
+/// Whether at least one other node has all that this one has. Everything else goes on meanwhile.
+fn others_have_all(world: &mut World, i: usize) -> bool {
+    let Ok(mut question) = world.nodes[i].begin_to_ask(&["sync", "--timeout", "6s"], 8) else { return false };
+    loop {
+        if let Some(answer) = question.answer() {
+            return answer.is_ok_and(|said| !said.starts_with("no other node"));
+        }
+        world.tick();
+        world.tick_applications();
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 /// The schema is changed on one node at a time. It may have to wait for the file's lock, and nothing waits for it.

@@ -86,6 +86,45 @@ impl Drop for App {
     }
 }
 
+/// A command that asks a node, and may take its time. Its answer is short.
+pub struct Question {
+    child: Option<Child>,
+    until: Instant,
+}
+
+impl Question {
+    /// What it said, once it has ended or taken too long.
+    pub fn answer(&mut self) -> Option<Result<String, String>> {
+        let child = self.child.as_mut()?;
+        let ended = child.try_wait().ok()?.is_some();
+        if !ended && Instant::now() < self.until {
+            return None;
+        }
+        let mut child = self.child.take()?;
+        if !ended {
+            let _ = child.kill();
+            let _ = child.wait();
+            return Some(Err("no answer".to_owned()));
+        }
+        Some(child.wait_with_output().map_err(|e| e.to_string()).and_then(|output| {
+            let text = String::from_utf8_lossy(&output.stdout).into_owned();
+            match output.status.success() {
+                true => Ok(text),
+                false => Err(format!("{text}{}", String::from_utf8_lossy(&output.stderr))),
+            }
+        }))
+    }
+}
+
+impl Drop for Question {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
 /// The library that gives a process another time, if it is installed.
 pub fn faketime() -> Option<PathBuf> {
     let directories = fs::read_dir("/usr/lib").into_iter().flatten().flatten().map(|e| e.path());
@@ -240,24 +279,21 @@ impl Node {
 
     /// Runs a command that asks the running node; gives up after some seconds.
     pub fn ask(&self, args: &[&str], patience_s: u64) -> Result<String, String> {
-        let mut command = self.command();
-        command.args(args).args(["--state-dir", "state"]).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().map_err(|e| e.to_string())?;
-        let until = Instant::now() + Duration::from_secs(patience_s);
-        while child.try_wait().map_err(|e| e.to_string())?.is_none() {
-            if Instant::now() > until {
-                let _ = child.kill();
-                let _ = child.wait();
-                return Err(format!("no answer within {patience_s} s"));
+        let mut question = self.begin_to_ask(args, patience_s)?;
+        loop {
+            if let Some(answer) = question.answer() {
+                return answer;
             }
             std::thread::sleep(Duration::from_millis(10));
         }
-        let output = child.wait_with_output().map_err(|e| e.to_string())?;
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        match output.status.success() {
-            true => Ok(text),
-            false => Err(format!("{text}{}", String::from_utf8_lossy(&output.stderr))),
-        }
+    }
+
+    /// The same, for somebody who has other things to do meanwhile.
+    pub fn begin_to_ask(&self, args: &[&str], patience_s: u64) -> Result<Question, String> {
+        let mut command = self.command();
+        command.args(args).args(["--state-dir", "state"]).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let child = command.spawn().map_err(|e| e.to_string())?;
+        Ok(Question { child: Some(child), until: Instant::now() + Duration::from_secs(patience_s) })
     }
 
     /// kill -9 of litemesh.
