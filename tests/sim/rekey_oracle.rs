@@ -41,10 +41,12 @@ impl Oracle {
         Self { made, ..Self::default() }
     }
 
-    /// One transaction of an application; some are rolled back.
-    pub fn write(&mut self, random: &mut StdRng, app: &Connection) {
+    /// One transaction of an application, at a time of its own (a julian day); some are rolled back.
+    pub fn write(&mut self, random: &mut StdRng, app: &Connection, day: f64) {
         let before = self.clone();
         app.execute_batch("BEGIN").unwrap();
+        let logged = "SELECT coalesce(max(seq), 0) FROM __litemesh_log";
+        let first: i64 = app.query_row(logged, [], |r| r.get(0)).unwrap();
         for _ in 0..random.random_range(1..5) {
             let t = random.random_range(0..4);
             let kept = self.clone();
@@ -56,6 +58,8 @@ impl Oracle {
             }
             app.execute_batch("RELEASE s").unwrap();
         }
+        // A seed repeats itself whatever the time is.
+        app.execute("UPDATE __litemesh_log SET ms = ?1 WHERE seq > ?2", (day, first)).unwrap();
         if random.random_bool(0.1) {
             app.execute_batch("ROLLBACK").unwrap();
             *self = Self { next_uid: self.next_uid, ..before };

@@ -87,13 +87,13 @@ pub fn spool() -> PathBuf {
     std::env::temp_dir()
 }
 
-fn memory() -> (String, Connection) {
+pub fn memory() -> (String, Connection) {
     let uri = format!("file:sim-{}?mode=memory&cache=shared", FILES.fetch_add(1, Ordering::Relaxed));
     let conn = Connection::open(&uri).unwrap();
     (uri, conn)
 }
 
-fn copy_database(from: &Connection, to: &mut Connection) {
+pub fn copy_database(from: &Connection, to: &mut Connection) {
     let backup = Backup::new(from, to).unwrap();
     assert_eq!(backup.step(-1).unwrap(), rusqlite::backup::StepResult::Done);
 }
