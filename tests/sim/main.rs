@@ -2,8 +2,8 @@
 //! duplicates, partitions; nodes are killed between any two steps and start again, join, leave, are restored from a
 //! copy. At the end every file has the same rows, and what is kept of conflicts is what was lost.
 //!
-//! `LITEMESH_SIM_SEEDS=n` runs so many seeds of each world (`250..500` those), `LITEMESH_SIM_SEED=n` one. `LITEMESH_SIM_WORLD=name` runs
-//! one world only, `LITEMESH_SIM_KEEP=1,4-7` only these steps of its history. A failure prints the line that repeats
+//! `LITEMESH_SIM_SEEDS=n` runs so many seeds of each world (`250..500`: those), `LITEMESH_SIM_SEED=n` one.
+//! `LITEMESH_SIM_WORLD=name` runs one world only, `LITEMESH_SIM_KEEP=1,4-7` only these steps of its history. A failure prints the line that repeats
 //! it with as few steps as possible.
 
 mod clocks;
@@ -14,6 +14,7 @@ mod mixed;
 mod rare;
 mod rekey_model;
 mod rekey_oracle;
+mod rekey_rare;
 mod rekey_scripted;
 mod scripted;
 mod site;
@@ -207,6 +208,17 @@ fn tables_that_keep_both_converge_with_unique_constraints_and_equal_rows() {
         let nodes = 2 + (seed % 3) as usize;
         let uniques = seed.is_multiple_of(2);
         mixed::Options { nodes, uniques, rekey: true, moves: 0.01, ..mixed::Options::storm() }
+    });
+}
+
+/// What was written before all had begun may be lost to a collision, as in other tables; nobody comes to differ.
+#[test]
+fn tables_that_begin_to_keep_both_amid_writes_converge() {
+    mix("rekey late", 60, |seed| {
+        let nodes = 2 + (seed % 4) as usize;
+        let skew_ms = [10, 500, 20_000][(seed / 3 % 3) as usize];
+        let (oracle, moves) = (seed % 2 == 0, 0.01);
+        mixed::Options { nodes, rekey: true, late: true, oracle, skew_ms, moves, ..mixed::Options::storm() }
     });
 }
 
