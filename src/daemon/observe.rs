@@ -26,6 +26,8 @@ use crate::status::model::{
 
 /// How often the whole is put together.
 const EVERY: Duration = Duration::from_millis(250);
+/// How long the first reports of the databases are waited for.
+const FIRST_REPORTS: Duration = Duration::from_secs(1);
 /// How often a database reports at most, and how often it counts what takes long to count.
 const REPORT_EVERY: Duration = Duration::from_millis(100);
 const COUNT_EVERY: Duration = Duration::from_secs(60);
@@ -77,8 +79,16 @@ impl Observer {
         self.0.handle.clone()
     }
 
-    /// Everything has started: whoever asks from now on is told so.
+    /// Everything has started: whoever asks from now on is told so, and of every database.
     pub async fn ready(&self) {
+        let told = || {
+            let reports = self.0.reports.lock().unwrap_or_else(PoisonError::into_inner);
+            self.0.router.databases().iter().all(|db| reports.contains_key(db))
+        };
+        let asked = Instant::now();
+        while !told() && asked.elapsed() < FIRST_REPORTS {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
         self.0.ready.store(true, Ordering::Release);
         self.0.handle.publish(self.gather().await);
     }

@@ -6,6 +6,7 @@ mod support;
 mod catchup;
 mod crash;
 mod join;
+mod power;
 mod rebuild;
 mod shapes;
 mod whole;
