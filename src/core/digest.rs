@@ -5,6 +5,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::merge::RowState;
+use super::rekey::Incarnation;
 use super::schema::Table;
 use super::value::ValueRef;
 use super::vector::Vector;
@@ -49,6 +50,13 @@ impl RowHasher {
             self.version(*v);
             self.0.update(&place.to_be_bytes());
         }
+    }
+
+    /// Adds a row that is referred to, in place of the id under which it is shown.
+    pub fn incarnation(&mut self, row: &Incarnation) {
+        self.0.update(&[5; 9]);
+        self.value(ValueRef::Int(row.origin));
+        self.version(row.birth);
     }
 
     fn version(&mut self, v: Version) {
@@ -156,11 +164,15 @@ pub struct Seen {
     pub key: u64,
     /// A hash of each column's value, in the layout's order.
     pub columns: Vec<u64>,
+    /// Whether rows of the table keep out of each other's way (`core::rekey`): which row is under a key then depends on
+    /// other rows, too.
+    pub placed: bool,
 }
 
 impl Seen {
     /// Nothing is known of the key.
-    pub const NOTHING: Self = Self { present: false, state: None, key: 0, columns: Vec::new() };
+    pub const NOTHING: Self =
+        Self { present: false, state: None, key: 0, columns: Vec::new(), placed: false };
 
     fn same_content(&self, other: &Self) -> bool {
         self.present == other.present
@@ -209,8 +221,11 @@ pub fn judge(ours: &Seen, our_vector: &Vector, theirs: &Seen, their_vector: &Vec
     }
     let (a, b) = (ours.effective(), theirs.effective());
     // Who holds a version has merged it: if each side holds all of the other's, both came to the same state.
-    let settled = a == b
-        || (a.versions().all(|v| their_vector.covers(v)) && b.versions().all(|v| our_vector.covers(v)));
+    let merged =
+        || a.versions().all(|v| their_vector.covers(v)) && b.versions().all(|v| our_vector.covers(v));
+    // Which of two rows is under a key follows from these and from rows that only one side may hold.
+    let same_row = a.birth == b.birth || !(ours.placed || theirs.placed);
+    let settled = a == b || (merged() && (same_row || our_vector == their_vector));
     if !settled {
         return Verdict::Unsettled;
     }
@@ -246,7 +261,7 @@ mod tests {
     }
 
     fn row(state: Option<SeenState>, value: u64) -> Seen {
-        Seen { present: true, state, key: 1, columns: vec![value] }
+        Seen { present: true, state, key: 1, columns: vec![value], placed: false }
     }
 
     fn born(v: Version) -> Option<SeenState> {
@@ -279,6 +294,19 @@ mod tests {
         assert!(matches!(judge(&Seen::NOTHING, &ahead, &new, &ahead), Verdict::Differs(_)));
         let same = row(born(at(9, 1)), 1);
         assert_eq!(judge(&old, &ahead, &same, &ahead), Verdict::Differs(Difference::Versions));
+    }
+
+    #[test]
+    fn which_row_is_under_a_key_depends_on_rows_that_one_side_may_not_hold() {
+        let (moved, nothing) = (row(born(at(1, 1)), 1), Seen { placed: true, ..Seen::NOTHING });
+        let here = holds(1, 1);
+        let mut there = here.clone();
+        there.0.extend(holds(2, 5).0);
+        assert_eq!(judge(&nothing, &here, &moved, &there), Verdict::Unsettled);
+        assert_eq!(judge(&nothing, &there, &moved, &there), Verdict::Differs(Difference::MissingHere));
+        // A row that is known here under this key, and gone.
+        let gone = Seen { state: born(at(1, 1)), ..nothing };
+        assert_eq!(judge(&gone, &here, &moved, &there), Verdict::Differs(Difference::MissingHere));
     }
 
     #[test]

@@ -29,6 +29,7 @@ const DEAD: u8 = 1;
 const BIRTH: u8 = 2;
 const COLUMNS: u8 = 4;
 const REFS: u8 = 8;
+const FIXED: u8 = 16;
 
 /// Why bytes from a peer are not a message.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -58,6 +59,8 @@ pub struct RowVersions<'a> {
     pub columns: &'a [(u32, Version)],
     /// (index of the column in its section, birth of the row it refers to); of a dead row its successor's birth.
     pub refs: &'a [(u32, Version)],
+    /// Whether it never moves, though its table keeps both rows of an id collision: it was written before that.
+    pub fixed: bool,
 }
 
 /// Builds one frame.
@@ -114,6 +117,7 @@ impl FrameWriter {
         flags |= if birth != 0 { BIRTH } else { 0 };
         flags |= if versions.columns.is_empty() { 0 } else { COLUMNS };
         flags |= if versions.refs.is_empty() { 0 } else { REFS };
+        flags |= if versions.fixed { FIXED } else { 0 };
         self.rows.push(flags);
         key.for_each(|v| write_value(&mut self.rows, v));
         if birth != 0 {
@@ -301,6 +305,8 @@ pub struct RowBuffer<'a> {
     pub columns: Vec<(u32, Version)>,
     /// (index of the column in its section, birth of the row it refers to); of a dead row its successor's birth.
     pub refs: Vec<(u32, Version)>,
+    /// Whether it never moves; see [`RowVersions::fixed`].
+    pub fixed: bool,
     /// The values of the section's columns; empty if the row is dead.
     pub values: Vec<ValueRef<'a>>,
 }
@@ -313,9 +319,10 @@ impl<'a> Section<'a> {
     ) -> Result<Option<(Version, Option<Version>)>, WireError> {
         let Some((&flags, rest)) = self.rows.0.split_first() else { return Ok(None) };
         self.rows.0 = rest;
-        if flags & !(DEAD | BIRTH | COLUMNS | REFS) != 0 {
+        if flags & !(DEAD | BIRTH | COLUMNS | REFS | FIXED) != 0 {
             return Err(WireError::Malformed("unknown flags on a row"));
         }
+        row.fixed = flags & FIXED != 0;
         row.key.clear();
         row.columns.clear();
         row.refs.clear();

@@ -12,6 +12,7 @@ struct Flat {
     dead: Option<Version>,
     columns: Vec<(u32, Version)>,
     refs: Vec<(u32, Version)>,
+    fixed: bool,
     values: Vec<Value>,
 }
 
@@ -36,10 +37,10 @@ fn flat() -> impl Strategy<Value = Flat> {
     let columns = || prop::collection::vec((0u32..3, version()), 0..3);
     let values = prop::collection::vec(value(), 3);
     let key = prop::collection::vec(value(), 2);
-    (key, version(), prop::option::of(version()), columns(), columns(), values).prop_map(
-        |(key, birth, dead, columns, refs, values)| {
+    (key, version(), prop::option::of(version()), columns(), columns(), any::<bool>(), values).prop_map(
+        |(key, birth, dead, columns, refs, fixed, values)| {
             let values = if dead.is_some() { vec![] } else { values };
-            Flat { key, birth, dead, columns, refs, values }
+            Flat { key, birth, dead, columns, refs, fixed, values }
         },
     )
 }
@@ -49,7 +50,8 @@ fn encode(rows: &[Flat]) -> Vec<u8> {
     writer.begin_section("empty", &["k"], &[], false);
     writer.begin_section("tä \"b\"", &["k1", "k2"], &["a", "b", "c"], rows.len() % 2 == 1);
     for r in rows {
-        let versions = RowVersions { birth: r.birth, dead: r.dead, columns: &r.columns, refs: &r.refs };
+        let versions =
+            RowVersions { birth: r.birth, dead: r.dead, columns: &r.columns, refs: &r.refs, fixed: r.fixed };
         writer.row(r.key.iter().map(Value::as_ref), versions, r.values.iter().map(Value::as_ref));
     }
     writer.finish()
@@ -63,7 +65,15 @@ fn decode(bytes: &[u8]) -> Result<Vec<Flat>, WireError> {
         while let Some((birth, dead)) = section.next_row(&mut row)? {
             let own = |v: &[ValueRef<'_>]| v.iter().map(|v| v.to_value()).collect();
             let (key, values) = (own(&row.key), own(&row.values));
-            out.push(Flat { key, birth, dead, columns: row.columns.clone(), refs: row.refs.clone(), values });
+            out.push(Flat {
+                key,
+                birth,
+                dead,
+                columns: row.columns.clone(),
+                refs: row.refs.clone(),
+                fixed: row.fixed,
+                values,
+            });
         }
     }
     Ok(out)

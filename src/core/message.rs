@@ -50,6 +50,18 @@ pub struct Fragment {
     pub data: Bytes,
 }
 
+impl Fragment {
+    /// The header of the commit that this piece begins; `None` if it is not a first piece, or none that can be read.
+    pub fn begins(&self) -> Option<CommitHeader> {
+        if self.index != 0 {
+            return None;
+        }
+        let (len, rest) = self.data.split_first_chunk::<4>()?;
+        let header = rest.get(..u32::from_be_bytes(*len) as usize)?;
+        decode(header).ok()
+    }
+}
+
 /// Everything else.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Message {

@@ -46,13 +46,14 @@ impl Token<'_> {
 
     /// The name that a word stands for, without its quotes.
     pub fn name(&self) -> String {
-        let inner = |t: &str| t[1..t.len().saturating_sub(1).max(1)].to_owned();
+        // A quote that is not closed is an error to SQLite, but not to be relied on here: peers send such texts too.
+        let inner = |end: char| {
+            let text = &self.text[1..];
+            text.strip_suffix(end).unwrap_or(text)
+        };
         match self.text.chars().next() {
-            Some(q @ ('"' | '`')) => {
-                let q = q.to_string();
-                inner(self.text).replace(&q.repeat(2), &q)
-            }
-            Some('[') => inner(self.text),
+            Some(q @ ('"' | '`')) => inner(q).replace(&String::from_iter([q, q]), &q.to_string()),
+            Some('[') => inner(']').to_owned(),
             _ => self.text.to_owned(),
         }
     }

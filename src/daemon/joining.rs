@@ -55,6 +55,7 @@ async fn fetch(
     let started = Instant::now();
     let first = next(answers, MAKE_PATIENCE).await?.context("it does not answer")?;
     let (copy, size) = (first.copy, first.size);
+    has_room(dest, size)?;
     let file = std::fs::File::create(dest).with_context(|| format!("cannot write {}", dest.display()))?;
     let progress = progress_bar(db, size);
     let parts = size.div_ceil(PART_BYTES as u64);
@@ -103,6 +104,23 @@ async fn fetch(
     }
     let mib_per_s = size as f64 / (1 << 20) as f64 / started.elapsed().as_secs_f64().max(0.001);
     info!(db = %db, node = %peer, "fetched {size} bytes at {mib_per_s:.0} MiB/s");
+    Ok(())
+}
+
+/// Whether a copy of that size fits: better said at once than after an hour.
+fn has_room(dest: &Path, size: u64) -> Result<()> {
+    let directory = dest.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let Ok(disk) = rustix::fs::statvfs(directory) else { return Ok(()) };
+    let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+    if size > free {
+        let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+        bail!(
+            "the copy has {} MiB, and {} has {} MiB left: make room, then start again",
+            mib(size),
+            directory.display(),
+            mib(free)
+        );
+    }
     Ok(())
 }
 

@@ -17,15 +17,17 @@ use crate::core::verify::Outcome;
 use crate::fabric::Fabric;
 use crate::replica::clock::steady_ms;
 use crate::replica::conflict::ConflictCounts;
-use crate::replica::engine::Engine;
+use crate::replica::engine::{Engine, Peer};
 use crate::replica::worker::Report;
 use crate::status::StatusHandle;
 use crate::status::model::{
-    DatabasePeer, DatabaseState, DatabaseStatus, FabricStatus, PeerStatus, Status, Verified,
+    CatchingUp, DatabasePeer, DatabaseState, DatabaseStatus, FabricStatus, PeerStatus, Status, Verified,
 };
 
 /// How often the whole is put together.
 const EVERY: Duration = Duration::from_millis(250);
+/// How long the first reports of the databases are waited for.
+const FIRST_REPORTS: Duration = Duration::from_secs(1);
 /// How often a database reports at most, and how often it counts what takes long to count.
 const REPORT_EVERY: Duration = Duration::from_millis(100);
 const COUNT_EVERY: Duration = Duration::from_secs(60);
@@ -77,8 +79,16 @@ impl Observer {
         self.0.handle.clone()
     }
 
-    /// Everything has started: whoever asks from now on is told so.
+    /// Everything has started: whoever asks from now on is told so, and of every database.
     pub async fn ready(&self) {
+        let told = || {
+            let reports = self.0.reports.lock().unwrap_or_else(PoisonError::into_inner);
+            self.0.router.databases().iter().all(|db| reports.contains_key(db))
+        };
+        let asked = Instant::now();
+        while !told() && asked.elapsed() < FIRST_REPORTS {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
         self.0.ready.store(true, Ordering::Release);
         self.0.handle.publish(self.gather().await);
     }
@@ -289,6 +299,8 @@ fn describe(
         rows_published: counters.rows_published,
         commits_applied: counters.commits_applied,
         peer_syncs: counters.peer_syncs,
+        logged_pieces: counters.logged_pieces,
+        catching_up: catching_up(engine, now_ms),
         messages_refused: counters.messages_refused,
         conflicts: conflicts.open,
         id_collisions: conflicts.collisions,
@@ -301,6 +313,25 @@ fn describe(
         verified: None,
         peers: peers.collect(),
     }
+}
+
+fn catching_up(engine: &Engine, now_ms: u64) -> Option<CatchingUp> {
+    let c = engine.catching_up()?;
+    let held = &engine.store().head().vector;
+    let missing =
+        |p: &Peer| -> u64 { p.holding.vector.0.iter().map(|(s, p)| p.n.saturating_sub(held.n(*s))).sum() };
+    let for_s = now_ms.saturating_sub(c.since_ms) as f64 / 1_000.0;
+    let rate = |n: u64| if for_s > 0.0 { n as f64 / for_s } else { 0.0 };
+    Some(CatchingUp {
+        via: c.via.to_owned(),
+        node: c.node.to_string(),
+        for_s,
+        missing_commits: engine.peers().values().map(missing).max().unwrap_or(0),
+        commits: c.commits,
+        commits_per_s: rate(c.commits),
+        bytes: c.bytes,
+        bytes_per_s: rate(c.bytes),
+    })
 }
 
 /// How far the file's clock is ahead of the mesh's, if that is further than other nodes follow.

@@ -191,6 +191,12 @@ impl Router {
                     Ok(None) => {}
                     Err(e) => warn!(node = %from, "refused a message: {e}"),
                 },
+                Incoming::Logged(logged) => {
+                    if let Some(worker) = self.worker(&logged.asked.db) {
+                        // What is not taken in is asked for again.
+                        worker.offer(Input::Logged(logged));
+                    }
+                }
             }
         }
     }

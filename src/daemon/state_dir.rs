@@ -114,13 +114,18 @@ impl NodeState {
         let fresh = token.is_none();
         let site = if same || fresh { site } else { new_site().0 };
         let next = rand::random::<u64>() >> 1;
-        let tokens = token.into_iter().chain([next]).collect();
-        all.insert(name.clone(), Remembered { path: path.to_owned(), site, tokens });
-        self.save(&all)?;
+        // Both until the file has the new one, so that a process that is killed in between finds its own file again;
+        // then only that: a copy made since the last start has the old one.
+        let mut remember = |tokens| {
+            all.insert(name.clone(), Remembered { path: path.to_owned(), site, tokens });
+            self.save(&all)
+        };
+        remember(token.into_iter().chain([next]).collect())?;
         conn.execute_batch("BEGIN IMMEDIATE")?;
         adopt::become_site(conn, SiteId(site))?;
         Store::set_meta(conn, "token", next as i64)?;
         conn.execute_batch("COMMIT")?;
+        remember(vec![next])?;
         Ok(!same && !fresh)
     }
 
@@ -203,6 +208,33 @@ mod tests {
         let conn = Connection::open(&path).unwrap();
         assert!(state.claim(&name, &path, &conn).unwrap());
         assert_ne!(Store::meta::<i64>(&conn, "site").unwrap(), Some(5));
+    }
+
+    #[test]
+    fn a_copy_made_since_the_start_before_gets_a_new_site() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = NodeState::open(&dir.path().join("state")).unwrap();
+        let (name, path) = ("app".parse().unwrap(), dir.path().join("app.db"));
+        assert!(!state.claim(&name, &path, &adopted(&path)).unwrap());
+        std::fs::copy(&path, dir.path().join("copy.db")).unwrap();
+        assert!(!state.claim(&name, &path, &Connection::open(&path).unwrap()).unwrap(), "a restart");
+        std::fs::copy(dir.path().join("copy.db"), &path).unwrap();
+        assert!(state.claim(&name, &path, &Connection::open(&path).unwrap()).unwrap(), "the copy");
+    }
+
+    #[test]
+    fn a_start_that_was_killed_before_the_file_had_its_token_changes_no_site() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = NodeState::open(&dir.path().join("state")).unwrap();
+        let (name, path) = ("app".parse().unwrap(), dir.path().join("app.db"));
+        let conn = adopted(&path);
+        assert!(!state.claim(&name, &path, &conn).unwrap());
+        // What is written of a claim before the file changes.
+        conn.execute_batch("BEGIN IMMEDIATE").unwrap();
+        let other = Connection::open(&path).unwrap();
+        assert!(state.claim(&name, &path, &other).is_err(), "the file is locked");
+        conn.execute_batch("ROLLBACK").unwrap();
+        assert!(!state.claim(&name, &path, &conn).unwrap());
     }
 
     #[test]

@@ -1,13 +1,16 @@
-//! A network in memory for simulations: it drops, delays, duplicates, reorders and cuts. Invariant: the same seed
-//! and the same calls give the same deliveries.
+//! A network in memory for simulations: it drops, delays, duplicates, reorders and cuts, and keeps a log a node.
+//! Invariant: the same seed and the same calls give the same deliveries.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use super::link::{Incoming, Outgoing};
-use crate::core::names::NodeName;
+use bytes::Bytes;
+
+use super::link::{Incoming, LogEnd, LogRequest, Logged, Outgoing};
+use crate::core::message::{Fragment, decode};
+use crate::core::names::{DbName, NodeName};
 
 /// How bad the network is.
 #[derive(Debug, Clone, Copy)]
@@ -28,10 +31,14 @@ pub struct MemoryFabric {
     cuts: BTreeSet<(NodeName, NodeName)>,
     flying: BTreeMap<(u64, u64), (NodeName, NodeName, Incoming)>,
     sequence: u64,
+    /// What each node's log took, and the place of the first that it still holds.
+    logs: BTreeMap<NodeName, (u64, VecDeque<(DbName, u64, Bytes)>)>,
+    /// How many messages a log keeps.
+    log_size: usize,
 }
 
 impl MemoryFabric {
-    /// A network without endpoints.
+    /// A network without endpoints. The seed also says how long logs are: some keep nothing.
     pub fn new(seed: u64, weather: Weather) -> Self {
         Self {
             random: StdRng::seed_from_u64(seed),
@@ -40,7 +47,14 @@ impl MemoryFabric {
             cuts: BTreeSet::new(),
             flying: BTreeMap::new(),
             sequence: 0,
+            logs: BTreeMap::new(),
+            log_size: [10_000, 0, 40][(seed % 3) as usize],
         }
+    }
+
+    /// Says how many messages a log keeps from now on.
+    pub fn keep_logs(&mut self, messages: usize) {
+        self.log_size = messages;
     }
 
     /// Adds an endpoint, or brings one back.
@@ -71,6 +85,12 @@ impl MemoryFabric {
 
     /// Sends a message.
     pub fn send(&mut self, from: &NodeName, message: Outgoing, now_ms: u64) {
+        if let Outgoing::Commit { db, site, payload } = &message
+            && !self.random.random_bool(self.weather.drop)
+        {
+            let (_, log) = self.logs.entry(from.clone()).or_insert((1, VecDeque::new()));
+            log.push_back((db.clone(), *site, payload.clone()));
+        }
         let others = self.nodes.iter().filter(|n| *n != from).cloned();
         let (receivers, incoming): (Vec<NodeName>, Incoming) = match message {
             Outgoing::Commit { db, site, payload } => {
@@ -82,6 +102,7 @@ impl MemoryFabric {
             Outgoing::Direct { to, payload } => {
                 (others.filter(|n| *n == to).collect(), Incoming::Message { from: from.clone(), payload })
             }
+            Outgoing::ReadLog(asked) => return self.read_log(from, asked, now_ms),
         };
         for to in receivers {
             let copies = 1 + u32::from(self.random.random_bool(self.weather.duplicate));
@@ -96,6 +117,27 @@ impl MemoryFabric {
                 self.flying.insert((at, self.sequence), (from.clone(), to.clone(), incoming.clone()));
             }
         }
+    }
+
+    fn read_log(&mut self, reader: &NodeName, asked: LogRequest, now_ms: u64) {
+        let (from, node) = (asked.node.clone(), reader.clone());
+        let is_cut = |a: &NodeName, b: &NodeName| self.cuts.contains(&(a.clone(), b.clone()));
+        if is_cut(&node, &from) || is_cut(&from, &node) || self.random.random_bool(self.weather.drop) {
+            return;
+        }
+        let (pieces, end) = match self.logs.get_mut(&from) {
+            Some((first, log)) if self.nodes.contains(&from) => {
+                let surplus = log.len().saturating_sub(self.log_size);
+                log.drain(..surplus);
+                *first += surplus as u64;
+                read(*first, log, &asked)
+            }
+            _ => (Vec::new(), LogEnd::Gone("nobody answers for its log".to_owned())),
+        };
+        let at = now_ms + self.random.random_range(0..=self.weather.max_delay_ms);
+        self.sequence += 1;
+        let logged = Incoming::Logged(Logged { asked, pieces, end });
+        self.flying.insert((at, self.sequence), (from, node, logged));
     }
 
     /// What arrives up to `now_ms`, in order.
@@ -113,10 +155,34 @@ impl MemoryFabric {
     }
 }
 
+/// Reads a log whose first message is at `first`.
+fn read(first: u64, log: &VecDeque<(DbName, u64, Bytes)>, asked: &LogRequest) -> (Vec<Bytes>, LogEnd) {
+    let of_feed = (first..).zip(log).filter(|(_, (db, site, _))| *db == asked.db && *site == asked.site);
+    let mut of_feed = of_feed.map(|(at, (.., payload))| (at, payload.clone())).peekable();
+    if let Some(position) = asked.position {
+        while of_feed.next_if(|(at, _)| *at < position).is_some() {}
+    } else {
+        let header = |payload: &Bytes| decode::<Fragment>(payload).ok()?.begins();
+        while of_feed.next_if(|(_, p)| header(p).is_none_or(|h| h.to <= asked.after)).is_some() {}
+        match of_feed.peek().and_then(|(_, payload)| header(payload)) {
+            None => return (Vec::new(), LogEnd::End),
+            Some(h) if h.from > asked.after => {
+                return (Vec::new(), LogEnd::Gone("its log does not reach back that far".to_owned()));
+            }
+            Some(_) => {}
+        }
+    }
+    let (mut pieces, mut bytes) = (Vec::new(), 0);
+    while let Some((_, payload)) = of_feed.next_if(|_| bytes < asked.max_bytes) {
+        bytes += payload.len();
+        pieces.push(payload);
+    }
+    let end = of_feed.peek().map_or(LogEnd::End, |(at, _)| LogEnd::More(*at));
+    (pieces, end)
+}
+
 #[cfg(test)]
 mod tests {
-    use bytes::Bytes;
-
     use super::*;
 
     fn run(seed: u64) -> Vec<String> {

@@ -12,6 +12,7 @@ mod hello;
 mod identity;
 pub mod keys;
 pub mod link;
+mod log_read;
 mod log_stream;
 mod members;
 pub mod memory;

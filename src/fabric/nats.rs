@@ -19,7 +19,8 @@ use super::conf::MAX_PAYLOAD_BYTES;
 use super::error::FabricError;
 use super::hello::{Exchange, Roster};
 use super::identity::Identity;
-use super::link::{Incoming, Outgoing};
+use super::link::{Incoming, LogRequest, Outgoing};
+use super::log_read;
 use super::log_stream::{self, LogCounters, LogState};
 use super::options::FabricOptions;
 use super::server::{AS_EXPECTED, Server, ServerSetup};
@@ -81,6 +82,8 @@ pub struct Fabric {
     drops: Arc<Drops>,
     /// Where the log answers to commits.
     ack_subject: String,
+    /// What is to be read of logs.
+    readings: mpsc::Sender<LogRequest>,
     /// Ended when it is dropped.
     tasks: JoinSet<()>,
 }
@@ -115,8 +118,10 @@ impl Fabric {
         let client = connect(&identity).await?;
         let (server, identity) = (Arc::new(server), Arc::new(identity));
         let roster = Arc::new(Roster::new(members));
+        let (readings, to_read) = mpsc::channel(log_read::QUEUE);
         let fabric = Self {
             ack_subject: client.new_inbox(),
+            readings,
             log: Arc::default(),
             drops: Arc::default(),
             identity,
@@ -125,11 +130,15 @@ impl Fabric {
             roster,
             tasks,
         };
-        fabric.run(&options).await
+        fabric.run(&options, to_read).await
     }
 
     /// Subscribes, and starts what goes on in the background.
-    async fn run(mut self, options: &FabricOptions) -> Result<(Self, mpsc::Receiver<Incoming>), FabricError> {
+    async fn run(
+        mut self,
+        options: &FabricOptions,
+        to_read: mpsc::Receiver<LogRequest>,
+    ) -> Result<(Self, mpsc::Receiver<Incoming>), FabricError> {
         let (to_replica, incoming) = mpsc::channel(options.incoming_capacity.max(1));
         let node = self.identity.node.clone();
         let mut subscribers = Vec::new();
@@ -140,6 +149,7 @@ impl Fabric {
         let mut acks = self.subscribe(&format!("{}.*", self.ack_subject)).await?;
         let hellos = self.subscribe(subjects::ALL_HELLOS).await?;
         self.flush().await?;
+        self.tasks.spawn(log_read::run(self.client.clone(), to_read, to_replica.clone()));
         let (drops, log) = (self.drops.clone(), self.log.clone());
         self.tasks.spawn(async move {
             let mut messages = select_all(subscribers);
@@ -179,7 +189,12 @@ impl Fabric {
 
     /// Sends a message. An error says that it was not sent, and nothing tries again; success promises nothing.
     pub async fn send(&self, out: Outgoing) -> Result<(), FabricError> {
-        let Envelope { subject, payload, logged } = Envelope::seal(&self.identity.node, out);
+        if let Outgoing::ReadLog(asked) = out {
+            return self.readings.try_send(asked).map_err(|_| FabricError::Stalled);
+        }
+        let Some(Envelope { subject, payload, logged }) = Envelope::seal(&self.identity.node, out) else {
+            return Ok(());
+        };
         if payload.len() > MAX_MESSAGE_BYTES {
             return Err(FabricError::TooLarge { len: payload.len(), limit: MAX_MESSAGE_BYTES });
         }
@@ -281,7 +296,7 @@ fn hand_over(to_replica: &mpsc::Sender<Incoming>, drops: &Drops, incoming: Incom
     if let Err(TrySendError::Full(incoming)) = to_replica.try_send(incoming) {
         let counter = match incoming {
             Incoming::Commit { .. } => &drops.commits,
-            Incoming::Message { .. } => &drops.messages,
+            Incoming::Message { .. } | Incoming::Logged(_) => &drops.messages,
         };
         counter.fetch_add(1, Ordering::Relaxed);
     }

@@ -32,21 +32,26 @@ pub(super) fn hello(node: &NodeName) -> String {
     format!("lm.m.{node}")
 }
 
+/// The feed of one of `node`'s sites.
+pub(super) fn commits_of(node: &NodeName, db: &DbName, site: u64) -> String {
+    format!("lm.c.{node}.{db}.{}", SiteToken(site))
+}
+
 /// Who says where it listens.
 pub(super) fn hello_from(subject: &str) -> Option<NodeName> {
     subject.strip_prefix("lm.m.")?.parse().ok()
 }
 
 impl Envelope {
-    pub(super) fn seal(node: &NodeName, out: Outgoing) -> Self {
+    /// `None` for what is no message.
+    pub(super) fn seal(node: &NodeName, out: Outgoing) -> Option<Self> {
         let (subject, payload, logged) = match out {
-            Outgoing::Commit { db, site, payload } => {
-                (format!("lm.c.{node}.{db}.{}", SiteToken(site)), payload, true)
-            }
+            Outgoing::Commit { db, site, payload } => (commits_of(node, &db, site), payload, true),
             Outgoing::Broadcast { payload } => (format!("lm.b.{node}"), payload, false),
             Outgoing::Direct { to, payload } => (format!("lm.d.{to}.{node}"), payload, false),
+            Outgoing::ReadLog(_) => return None,
         };
-        Self { subject, payload, logged }
+        Some(Self { subject, payload, logged })
     }
 }
 
@@ -77,8 +82,11 @@ pub(super) fn open(node: &NodeName, subject: &str, payload: Bytes) -> Option<Inc
         }
         _ => return None,
     };
-    let (Incoming::Commit { from, .. } | Incoming::Message { from, .. }) = &incoming;
-    (tokens.next().is_none() && from != node).then_some(incoming)
+    let is_own = match &incoming {
+        Incoming::Commit { from, .. } | Incoming::Message { from, .. } => from == node,
+        Incoming::Logged(_) => true,
+    };
+    (tokens.next().is_none() && !is_own).then_some(incoming)
 }
 
 #[cfg(test)]
@@ -94,7 +102,8 @@ mod tests {
         let (a, b, c) = (name("a"), name("b"), name("c"));
         let payload = Bytes::from_static(b"x");
         let db: DbName = "app".parse().expect("a name");
-        let commit = Envelope::seal(&a, Outgoing::Commit { db, site: 0xab, payload: payload.clone() });
+        let commit =
+            Envelope::seal(&a, Outgoing::Commit { db, site: 0xab, payload: payload.clone() }).unwrap();
         assert_eq!(commit.subject, "lm.c.a.app.00000000000000ab");
         assert!(commit.logged);
         assert!(matches!(
@@ -102,12 +111,13 @@ mod tests {
             Some(Incoming::Commit { from, site: 0xab, .. }) if from == a
         ));
         assert!(open(&a, &commit.subject, payload.clone()).is_none(), "our own");
-        let direct = Envelope::seal(&a, Outgoing::Direct { to: b.clone(), payload: payload.clone() });
+        let direct =
+            Envelope::seal(&a, Outgoing::Direct { to: b.clone(), payload: payload.clone() }).unwrap();
         assert!(
             matches!(open(&b, &direct.subject, payload.clone()), Some(Incoming::Message { from, .. }) if from == a)
         );
         assert!(open(&c, &direct.subject, payload.clone()).is_none(), "for another");
-        let broadcast = Envelope::seal(&a, Outgoing::Broadcast { payload: payload.clone() });
+        let broadcast = Envelope::seal(&a, Outgoing::Broadcast { payload: payload.clone() }).unwrap();
         assert!(open(&b, &broadcast.subject, payload.clone()).is_some() && !broadcast.logged);
         assert_eq!(hello_from(&hello(&a)), Some(a));
     }

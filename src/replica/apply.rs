@@ -6,15 +6,16 @@ use std::sync::Arc;
 
 use rusqlite::{ErrorCode, ffi};
 
+use super::adopt::Cause;
 use super::body::Body;
 use super::identity::name_of;
 use super::plan::Plan;
 use super::registry::from_wire;
-use super::rekey::Link;
+use super::rekey::{self, Link};
 use super::schema::{Kind as ObjectKind, ObjectKey, Recorded, recorded_one};
 use super::store::Store;
 use super::{ReplicaError, Result};
-use crate::core::capture::{PREFIX, SCHEMA};
+use crate::core::capture::{OPTIONS, PREFIX, SCHEMA};
 use crate::core::conflict::{displaced, losses};
 use crate::core::frame::{Frame, RowBuffer, Section, WireError};
 use crate::core::merge::{Row, RowState, merge};
@@ -61,6 +62,8 @@ struct Target {
     places: Vec<Option<usize>>,
     insert: String,
     link: Option<Arc<Link>>,
+    /// Whether they come from a node that does not know yet that the table keeps both rows of an id collision.
+    unaware: bool,
     /// Whether rows of other tables refer to its rows by an integer.
     is_parent: bool,
 }
@@ -159,7 +162,7 @@ impl Store {
     }
 
     /// How a section's rows meet the table here; `None` if they are of a table that was dropped.
-    fn target(&self, section: &Section<'_>) -> Result<Option<Target>> {
+    fn target(&mut self, section: &Section<'_>) -> Result<Option<Target>> {
         let Some(plan) = self.find_table(section.table)? else { return Ok(None) };
         let here = || plan.table.key.iter().map(|k| k.name.as_str());
         let same = |(a, b): (&str, &&str)| a.eq_ignore_ascii_case(b);
@@ -167,16 +170,19 @@ impl Store {
             let (here, there) = (here().collect::<Vec<_>>().join(", "), section.keys.join(", "));
             return Err(ReplicaError::OtherKey { table: plan.table.name.clone(), here, there });
         }
-        let link = self.links.get(&plan.table.id).cloned();
-        if section.keeps_both != link.as_ref().is_some_and(|l| l.keeps_both) {
-            return Err(ReplicaError::OtherRekey(plan.table.name.clone()));
+        let mut link = self.links.get(&plan.table.id).cloned();
+        let keeps_both = link.as_ref().is_some_and(|l| l.keeps_both);
+        if section.keeps_both && !keeps_both {
+            self.follow_keeping(&plan)?;
+            link = self.links.get(&plan.table.id).cloned();
         }
+        let unaware = keeps_both && !section.keeps_both;
         let place = |column: &&str| self.find_column(&plan, section.table, column);
         let places = section.columns.iter().map(place).collect::<Result<Vec<_>>>()?;
         let known: Vec<usize> = places.iter().copied().flatten().collect();
         let insert = plan.insert_row(&known);
         let is_parent = self.is_parent(&plan);
-        Ok(Some(Target { plan, places, insert, link, is_parent }))
+        Ok(Some(Target { plan, places, insert, link, unaware, is_parent }))
     }
 
     /// The table that a peer knows as this; `None` if it was dropped.
@@ -234,7 +240,7 @@ impl Store {
         they_saw: &dyn Fn(Version) -> bool,
         deferred: &mut Vec<Deferred>,
     ) -> Result<u64> {
-        let target = self.target(&section)?;
+        let mut target = self.target(&section)?;
         if target.as_ref().is_some_and(|t| t.plan.table.name == SCHEMA) {
             return Err(WireError::Malformed("the schema's rows among others").into());
         }
@@ -243,7 +249,11 @@ impl Store {
         let (mut row, mut rows) = (RowBuffer::default(), 0);
         while let Some(versions) = section.next_row(&mut row)? {
             rows += 1;
-            let Some(target) = &target else { continue };
+            let Some(target) = &mut target else { continue };
+            if (target.unaware || row.fixed) && versions.0 != Version::ZERO {
+                self.fix(&target.plan, versions.0)?;
+                target.link = self.links.get(&target.plan.table.id).cloned();
+            }
             if !watched.is_empty() && versions.1.is_none() {
                 let value = |at: usize| {
                     let i = target.places.iter().position(|p| *p == Some(at))?;
@@ -262,6 +272,9 @@ impl Store {
                 continue;
             }
             self.merge_row(target, &row.key, &theirs, they_saw, deferred)?;
+        }
+        if target.is_some_and(|t| t.plan.table.name == OPTIONS) && rows > 0 {
+            rekey::refresh(self, Cause::Peer)?;
         }
         Ok(rows)
     }

@@ -30,6 +30,11 @@ impl Assembler {
         Self { spool_dir: spool_dir.to_owned(), partial: HashMap::new() }
     }
 
+    /// Drops what is there of a site's commit.
+    pub fn forget(&mut self, site: SiteId) {
+        self.partial.remove(&site);
+    }
+
     /// Takes a piece; returns the commit when it is whole. A piece out of turn drops what was there: the hole that
     /// leaves is found and repaired like any other.
     pub fn push(&mut self, site: SiteId, piece: &Fragment) -> Result<Option<PeerCommit>> {

@@ -41,6 +41,11 @@ pub struct ConflictCounts {
 impl Store {
     /// Keeps a loser. The same loss, seen again or on another node, is the same entry.
     pub(super) fn keep_conflict(&mut self, plan: &Plan, key: &[ValueRef<'_>], loss: &Loss) -> Result<()> {
+        // A row that was moved goes by the id that its writer gave it.
+        if let (Some(link), [ValueRef::Int(place)]) = (self.links.get(&plan.table.id), key) {
+            let origin = link.origin(&self.conn, *place)?;
+            return self.keep_entry(&Entry::of_loss(plan, &[ValueRef::Int(origin)], loss));
+        }
         self.keep_entry(&Entry::of_loss(plan, key, loss))
     }
 

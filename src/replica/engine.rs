@@ -1,7 +1,7 @@
 //! One database's part of the protocol: what to do with what arrives, and when to ask. Invariant: nothing depends on
 //! a next message coming; every hole is found by comparing what nodes hold.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use super::absorb::OwnCommit;
@@ -9,7 +9,8 @@ use super::apply::PeerCommit;
 use super::assemble::Assembler;
 use super::body::Body;
 use super::conflict::Retention;
-use super::dates::dated_ahead;
+use super::log_reading::LogReading;
+use super::progress::CatchUp;
 use super::store::Store;
 use super::{ReplicaError, Result};
 use crate::core::message::{CommitHeader, Fragment, Holding, Message, SyncPage, SyncRequest};
@@ -17,6 +18,7 @@ use crate::core::names::{DbName, NodeName};
 use crate::core::skew::Judgement;
 use crate::core::vector::{Point, Vector};
 use crate::core::version::SiteId;
+use crate::fabric::link::LogRequest;
 
 /// How far a clock may be ahead of the mesh's before its writes wait, if nothing else is said.
 pub const MAX_SKEW_MS: u64 = 60_000;
@@ -25,20 +27,15 @@ const HOLE_GRACE_MS: u64 = 150;
 /// How long a peer may take for a page before another is asked.
 const PAGE_TIMEOUT_MS: u64 = 10_000;
 /// How long to wait after a peer's rows could not be taken in.
-const RETRY_MS: u64 = 2_000;
+pub(super) const RETRY_MS: u64 = 2_000;
 /// How often to say what we hold while it changes, and when nothing does.
 const ANNOUNCE_MS: u64 = 1_000;
 const ANNOUNCE_IDLE_MS: u64 = 20_000;
-/// Commits and bytes that go into one transaction: enough to share an fsync, few enough to be short.
-const BATCH_COMMITS: usize = 256;
-const BATCH_BYTES: u64 = 1024 * 1024;
 /// What may wait in memory or spool for its turn, a feed; more is dropped and asked for again.
-const PENDING_BYTES: u64 = 256 * 1024 * 1024;
+const PENDING_BYTES: u64 = 64 * 1024 * 1024;
 const PENDING_COMMITS: usize = 20_000;
 /// How often to look for conflicts that are to go.
 const PRUNE_MS: u64 = 60_000;
-/// How long a commit waits for a cause whose feed is stopped.
-const CAUSAL_WAIT_MS: u64 = 10_000;
 
 /// What the engine wants done.
 pub enum Action {
@@ -48,6 +45,8 @@ pub enum Action {
     Broadcast(Message),
     /// Tell one node.
     Send(NodeName, Message),
+    /// Read a node's log.
+    ReadLog(LogRequest),
     /// Tell the operator.
     Warn(String),
 }
@@ -96,6 +95,8 @@ pub struct Counters {
     pub commits_applied: u64,
     /// Times rows were fetched from a peer because of a hole.
     pub peer_syncs: u64,
+    /// Pieces of commits that were read from peers' logs because of a hole.
+    pub logged_pieces: u64,
     /// Messages that could not be read.
     pub messages_refused: u64,
     /// Commits applied before their cause, because its feed stands still.
@@ -110,13 +111,15 @@ pub struct Engine {
     pub(super) store: Store,
     pub(super) feeds: BTreeMap<SiteId, Feed>,
     assembler: Assembler,
-    peers: BTreeMap<NodeName, Peer>,
+    pub(super) peers: BTreeMap<NodeName, Peer>,
     sync: Option<Sync>,
+    pub(super) logs: LogReading,
     sync_error: Option<(String, u64)>,
     hole_since_ms: Option<u64>,
+    pub(super) catch_up: Option<CatchUp>,
     announced: (Vector, u64),
-    next_request: u64,
-    counters: Counters,
+    pub(super) next_request: u64,
+    pub(super) counters: Counters,
     pub(super) actions: Vec<Action>,
     pub(super) clocks: Judgement,
     retention: Retention,
@@ -133,8 +136,10 @@ impl Engine {
             assembler: Assembler::new(spool_dir),
             peers: BTreeMap::new(),
             sync: None,
+            logs: LogReading::new(spool_dir),
             sync_error: None,
             hole_since_ms: None,
+            catch_up: None,
             announced: (Vector::default(), 0),
             next_request: 1,
             counters: Counters::default(),
@@ -175,9 +180,9 @@ impl Engine {
         self.feeds.values().map(|f| f.pending.len()).sum()
     }
 
-    /// Whether rows are being fetched from a peer.
+    /// Whether what was missed is being fetched.
     pub fn is_syncing(&self) -> bool {
-        self.sync.is_some()
+        self.sync.is_some() || self.logs.is_reading()
     }
 
     /// Why anything stands still, for people.
@@ -243,14 +248,14 @@ impl Engine {
         Ok(())
     }
 
-    fn refuse(&mut self, what: &str) {
+    pub(super) fn refuse(&mut self, what: &str) {
         self.counters.messages_refused += 1;
         if self.counters.messages_refused.is_power_of_two() {
             self.actions.push(Action::Warn(format!("refused {what}")));
         }
     }
 
-    fn add_pending(&mut self, commit: PeerCommit) {
+    pub(super) fn add_pending(&mut self, commit: PeerCommit) {
         if commit.header.to <= self.store.head().vector.n(commit.site) {
             return;
         }
@@ -352,6 +357,7 @@ impl Engine {
             sync.request.after_lsn = page.next_lsn;
             let ask = Message::SyncRequest(sync.request.clone());
             self.actions.push(Action::Send(from.clone(), ask));
+            self.caught_up(page.frames.iter().map(bytes::Bytes::len).sum());
             return Ok(());
         };
         let Some(mut sync) = self.sync.take() else { return Ok(()) };
@@ -447,71 +453,6 @@ impl Engine {
         feed.schema_stopped = error.is_of_schema();
     }
 
-    /// Takes out the commits that can be applied now, in an order that is causal.
-    fn ready(&mut self, now_ms: u64) -> Vec<PeerCommit> {
-        let mut vector = self.store.head().vector.clone();
-        let mut batch = Vec::new();
-        let mut bytes = 0;
-        loop {
-            let before = batch.len();
-            let sites: Vec<SiteId> = self.feeds.keys().copied().collect();
-            for site in sites {
-                while batch.len() < BATCH_COMMITS && bytes < BATCH_BYTES {
-                    let Some(commit) = self.next_of(site, &vector, now_ms) else { break };
-                    bytes += commit.body.len();
-                    let CommitHeader { to, hlc, id, .. } = commit.header;
-                    vector.raise(site, Point { n: to, hlc, id });
-                    batch.push(commit);
-                }
-            }
-            if batch.len() == before {
-                return batch;
-            }
-        }
-    }
-
-    fn next_of(&mut self, site: SiteId, vector: &Vector, now_ms: u64) -> Option<PeerCommit> {
-        let stopped: Vec<SiteId> =
-            self.feeds.iter().filter(|(_, f)| f.stopped.is_some()).map(|(s, _)| *s).collect();
-        let name = self.site_name(site);
-        let latest_ms = self.clocks.latest_ms(now_ms, self.store.head().hlc.ms());
-        let feed = self.feeds.get_mut(&site)?;
-        if feed.stopped.as_ref().is_some_and(|(_, since)| now_ms < since + RETRY_MS) {
-            return None;
-        }
-        let n = vector.n(site);
-        while let Some(entry) = feed.pending.first_entry() {
-            if entry.get().header.to > n {
-                break;
-            }
-            feed.bytes -= entry.remove().body.len();
-        }
-        let first = feed.pending.first_key_value().map(|(_, c)| &c.header)?;
-        if first.from > n {
-            return None;
-        }
-        if first.hlc.ms() > latest_ms {
-            let why = dated_ahead(&self.clocks, &name, first.hlc.ms());
-            if feed.stopped.is_none() {
-                self.actions.push(Action::Warn(format!("{}: the feed of {name} waits: {why}", self.db)));
-            }
-            feed.stopped = Some((why, now_ms));
-            return None;
-        }
-        let missing = first.seen.iter().find(|(s, n, _)| vector.n(*s) < *n);
-        if let Some((cause, ..)) = missing {
-            let since = *feed.waiting_since_ms.get_or_insert(now_ms);
-            if !stopped.contains(cause) || now_ms < since + CAUSAL_WAIT_MS {
-                return None;
-            }
-            self.counters.causal_overruns += 1;
-        }
-        feed.waiting_since_ms = None;
-        let (_, commit) = feed.pending.pop_first()?;
-        feed.bytes -= commit.body.len();
-        Some(commit)
-    }
-
     /// Whether a peer has what is neither here nor on its way.
     fn look_for_holes(&mut self, now_ms: u64) -> Result<()> {
         if let Some(sync) = &self.sync {
@@ -538,21 +479,29 @@ impl Engine {
         let is_stuck = |f: &Feed| f.stopped.is_some() && !f.schema_stopped;
         let stuck = self.feeds.iter().filter(|(_, f)| is_stuck(f)).map(|(s, _)| *s);
         let stuck: Vec<SiteId> = stuck.collect();
-        let lacking = |p: &Peer| {
-            let missing = |(s, point): (&SiteId, &Point)| reach.n(*s) < point.n && !stuck.contains(s);
-            p.holding.vector.0.iter().any(missing)
-        };
-        let candidate = self.peers.iter().filter(|(_, p)| lacking(p)).max_by_key(|(_, p)| p.heard_ms);
-        let Some((name, peer)) = candidate.map(|(n, p)| (n.clone(), p.holding.site)) else {
+        let is_missing = |(s, point): &(&SiteId, &Point)| reach.n(**s) < point.n && !stuck.contains(s);
+        let missing: BTreeSet<SiteId> = (self.peers.values())
+            .flat_map(|p| p.holding.vector.0.iter().filter(is_missing).map(|(s, _)| *s))
+            .collect();
+        self.logs.expire(&missing, now_ms);
+        if missing.is_empty() {
             self.hole_since_ms = None;
+            self.catch_up = None;
             return Ok(());
-        };
+        }
         let since = *self.hole_since_ms.get_or_insert(now_ms);
-        if now_ms >= since + HOLE_GRACE_MS { self.start_sync(name, peer, now_ms) } else { Ok(()) }
+        if now_ms < since + HOLE_GRACE_MS || self.reads_logs(&missing, now_ms)? {
+            return Ok(());
+        }
+        let lacking = |p: &Peer| p.holding.vector.0.iter().any(|entry| is_missing(&entry));
+        let candidate = self.peers.iter().filter(|(_, p)| lacking(p)).max_by_key(|(_, p)| p.heard_ms);
+        let Some((name, peer)) = candidate.map(|(n, p)| (n.clone(), p.holding.site)) else { return Ok(()) };
+        self.start_sync(name, peer, now_ms)
     }
 
     fn start_sync(&mut self, peer: NodeName, site: SiteId, now_ms: u64) -> Result<()> {
         self.next_request += 1;
+        self.catches_up("rows", &peer, now_ms);
         let head = self.store.head();
         let request = SyncRequest {
             db: self.db.clone(),

@@ -44,16 +44,19 @@ impl Store {
             // Column by column is what holds while nothing is written down.
             let now = self.merged_as(&table)?.unwrap_or_else(|| COLUMNS.to_owned());
             if now != merge {
-                let sql = "INSERT OR REPLACE INTO __litemesh_option(tbl, merge) VALUES(?1, ?2)";
+                let sql =
+                    "INSERT OR REPLACE INTO __litemesh_option(tbl, what, value) VALUES(?1, 'merge', ?2)";
                 self.conn.prepare_cached(sql)?.execute((&table, merge))?;
-                self.log_own(&options, &[Value::Text(table.into_bytes())], OP_INSERT, &[])?;
+                let key = [table.into_bytes(), b"merge".to_vec()].map(Value::Text);
+                self.log_own(&options, &key, OP_INSERT, &[])?;
             }
         }
         Ok(())
     }
 
     fn merged_as(&self, table: &str) -> Result<Option<String>> {
-        let mut ask = self.conn.prepare_cached("SELECT merge FROM __litemesh_option WHERE tbl = ?1")?;
+        let sql = "SELECT value FROM __litemesh_option WHERE tbl = ?1 AND what = 'merge'";
+        let mut ask = self.conn.prepare_cached(sql)?;
         Ok(ask.query_row([table.to_lowercase()], |r| r.get(0)).optional()?)
     }
 
@@ -64,7 +67,7 @@ impl Store {
 
     /// The tables whose rows are merged as a whole, for status.
     pub fn whole_row_tables(&self) -> Result<Vec<String>> {
-        let sql = "SELECT tbl FROM __litemesh_option WHERE merge = ?1 ORDER BY tbl";
+        let sql = "SELECT tbl FROM __litemesh_option WHERE what = 'merge' AND value = ?1 ORDER BY tbl";
         let mut statement = self.conn.prepare_cached(sql)?;
         let rows = statement.query_map([WHOLE], |r| r.get(0))?;
         Ok(rows.collect::<rusqlite::Result<_>>()?)

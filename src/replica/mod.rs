@@ -16,10 +16,12 @@ pub mod dates;
 pub mod engine;
 pub mod entry;
 pub mod identity;
+pub mod log_reading;
 pub mod materialize;
 pub mod merging;
 pub mod page;
 pub mod plan;
+pub mod progress;
 pub mod recall;
 pub mod registry;
 pub mod rekey;
@@ -32,6 +34,7 @@ pub mod schema;
 pub mod send;
 pub mod shadow;
 pub mod store;
+pub mod turns;
 pub mod unique;
 pub mod verify;
 pub mod watch;
@@ -119,10 +122,10 @@ pub enum ReplicaError {
     /// A file's clock went on while rows were to be written again with an earlier one.
     #[error("the file's clock has passed the time that was set for the repair: run it again")]
     ClockPassed,
-    /// The sender keeps both rows of an id collision in this table and this node does not, or the other way round.
+    /// The sender keeps both rows of an id collision in this table, which cannot do so here.
     #[error(
-        "table {0:?} keeps both rows of an id collision on one side only: set rekey alike on all nodes and restart \
-         them; its rows wait until then"
+        "table {0:?} keeps both rows of an id collision at the peer, and here it has no INTEGER PRIMARY KEY: make the \
+         table alike on all nodes; its rows wait until then"
     )]
     OtherRekey(String),
     /// The file belongs to something else.

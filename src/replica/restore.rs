@@ -4,7 +4,7 @@
 use rusqlite::{Connection, OptionalExtension, ffi, params_from_iter};
 use serde_json::json;
 
-use super::entry::{Entry, EntryId, RESTORED, key_text, to_json};
+use super::entry::{Entry, EntryId, RESTORED, to_json};
 use super::plan::Plan;
 use super::review::{Child, Conflict, Kept, conflicts};
 use super::shadow::Sites;
@@ -62,6 +62,9 @@ pub enum RestoreError {
         /// Its key.
         key: String,
     },
+    /// The table keeps both rows of an id collision, and another row has the id.
+    #[error("another row has the id {0} now: restore this one under a new id, with --new-id")]
+    Taken(String),
     /// A new id is for rows with integer ids that lost whole.
     #[error(
         "--new-id is for a row that lost to another row of the same integer key; restore this one without it"
@@ -150,8 +153,18 @@ fn values<'c>(table: &Table, conflict: &'c Conflict, all: bool) -> Vec<(&'c Stri
 
 fn under_its_key(conn: &Connection, table: &Table, conflict: &Conflict) -> Result<Outcome, RestoreError> {
     let key = &conflict.key;
-    if exists(conn, table, key)? {
+    let there = exists(conn, table, key)?;
+    if there && !conflict.gone {
         return update(conn, table, conflict, key);
+    }
+    // Restored before, and more of it came later: that goes where the rest went.
+    if let Some((key, _)) = conflict.restored.as_ref().filter(|_| conflict.gone)
+        && exists(conn, table, key)?
+    {
+        return update(conn, table, conflict, key);
+    }
+    if there && conflict.whole_row {
+        return Err(RestoreError::Taken(conflict.key_text.clone()));
     }
     if !conflict.whole_row {
         let key = conflict.key_text.clone();
@@ -162,7 +175,8 @@ fn under_its_key(conn: &Connection, table: &Table, conflict: &Conflict) -> Resul
 }
 
 fn under_new_id(conn: &Connection, table: &Table, conflict: &Conflict) -> Result<Outcome, RestoreError> {
-    if table.key_kind != KeyKind::Integer || !conflict.is_collision() {
+    let gone = conflict.gone && conflict.whole_row;
+    if table.key_kind != KeyKind::Integer || !(conflict.is_collision() || gone) {
         return Err(RestoreError::NoNewId);
     }
     // Restored before, and more of it came later: that goes where the rest went.
@@ -265,7 +279,7 @@ fn mark(conn: &Connection, conflict: &Conflict, outcome: &Outcome, now_ms: u64) 
         id: [0; 16],
         conflict: conflict.id,
         table: conflict.table.clone(),
-        key: key_text(conflict.key.iter().map(Value::as_ref)),
+        key: conflict.key_text.clone(),
         kind: RESTORED.to_owned(),
         birth: conflict.birth,
         content: json!({ "covers": conflict.marks(), "key": key }),

@@ -8,6 +8,7 @@ use serde_json::Value as Json;
 
 use super::Result;
 use super::entry::{CHILD, Entry, EntryId, RESTORED, from_json, parse_key, parse_version};
+use super::rekey::{Finder, Whereabouts};
 use crate::core::conflict::Kind;
 use crate::core::value::Value;
 use crate::core::version::{SiteId, Version};
@@ -49,10 +50,13 @@ pub struct Conflict {
     pub id: EntryId,
     /// The table.
     pub table: String,
-    /// The key.
+    /// The key under which the row is now, or was.
     pub key: Vec<Value>,
-    /// The key as a JSON array.
+    /// The key that its writer gave it, as a JSON array.
     pub key_text: String,
+    /// Whether whoever has the key now is another row, or may be: the table keeps both rows of an id collision, and this
+    /// one is not there.
+    pub gone: bool,
     /// What kind of loss it was.
     pub kind: Kind,
     /// The incarnation of the row.
@@ -108,6 +112,14 @@ pub fn conflicts(conn: &Connection) -> Result<Vec<Conflict>> {
     }
     let mut all: Vec<Conflict> = groups.into_values().filter_map(|g| gather(&g)).collect();
     settle_children(&mut all);
+    let mut finder = Finder::new(conn)?;
+    for conflict in &mut all {
+        match finder.find(&conflict.table, &conflict.key, conflict.birth)? {
+            Whereabouts::Plain => {}
+            Whereabouts::Shown(id) => conflict.key = vec![Value::Int(id)],
+            Whereabouts::Gone => conflict.gone = true,
+        }
+    }
     all.sort_by_key(|c| (std::cmp::Reverse(c.at_ms), c.id));
     Ok(all)
 }
@@ -158,6 +170,7 @@ fn gather(entries: &[Entry]) -> Option<Conflict> {
         table: first.table.clone(),
         key: parse_key(&first.key)?,
         key_text: first.key.clone(),
+        gone: false,
         kind: views.iter().map(|(_, kind)| *kind).max()?,
         birth: first.birth,
         whole_row: views.iter().any(|(e, _)| is_whole(e)),

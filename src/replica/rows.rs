@@ -33,6 +33,8 @@ pub struct ChangedRow<'r> {
     pub origin: Option<i64>,
     /// Place of a column and birth of the row it refers to, as [`RowVersions::refs`].
     pub refs: Vec<(u32, Version)>,
+    /// See [`RowVersions::fixed`].
+    pub fixed: bool,
     plan: &'r Plan,
 }
 
@@ -79,7 +81,16 @@ impl RowWriter {
             let from = keys * 2 + 6;
             let values = if present { from..from + columns } else { 0..0 };
             let values = values.map(|i| get(row, i)).collect::<rusqlite::Result<_>>()?;
-            let mut row = ChangedRow { key, state, present, values, origin: None, refs: Vec::new(), plan };
+            let mut row = ChangedRow {
+                key,
+                state,
+                present,
+                values,
+                origin: None,
+                refs: Vec::new(),
+                fixed: false,
+                plan,
+            };
             if let Some(link) = &link {
                 link.tell(conn, sites, &mut row)?;
             }
@@ -108,7 +119,7 @@ impl RowWriter {
             }
         }
         let (birth, dead) = (row.state.birth, row.state.dead);
-        let versions = RowVersions { birth, dead, columns: &self.columns, refs: &row.refs };
+        let versions = RowVersions { birth, dead, columns: &self.columns, refs: &row.refs, fixed: row.fixed };
         let values = if row.state.dead.is_some() { &[][..] } else { &row.values[..] };
         let origin = row.origin.map(ValueRef::Int);
         let key = row.key.iter().copied().map(|k| origin.unwrap_or(k));

@@ -198,7 +198,7 @@ impl Store {
             return Ok(());
         }
         adopt::refresh(self, Cause::Application)?;
-        self.note_schema()
+        self.note_schema(Cause::Application)
     }
 
     /// Brings the file's schema to what a peer recorded, and reads it again. Within a transaction.
@@ -213,11 +213,11 @@ impl Store {
             adopt::refresh(self, Cause::Peer)?;
         }
         self.check_schema()?;
-        self.note_schema()
+        self.note_schema(Cause::Peer)
     }
 
-    fn note_schema(&mut self) -> Result<()> {
-        rekey::refresh(self)?;
+    fn note_schema(&mut self, cause: Cause) -> Result<()> {
+        rekey::refresh(self, cause)?;
         (self.schema_version, self.user_version) = self.schema_numbers()?;
         Ok(())
     }

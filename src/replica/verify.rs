@@ -436,18 +436,25 @@ impl Store {
         let state = state.map(|s| SeenState::of(&s, &plan.table, order));
         let mut statement = self.conn.prepare_cached(&row_sql(plan, order))?;
         let mut rows = statement.query(rusqlite::params_from_iter(&refs))?;
-        let Some(row) = rows.next()? else { return Ok(Seen { state, ..Seen::NOTHING }) };
+        let placed = self.keeps_both(plan);
+        let Some(row) = rows.next()? else { return Ok(Seen { state, placed, ..Seen::NOTHING }) };
+        let meant = self.meant(plan, &refs)?;
         let mut hasher = RowHasher::default();
         for i in 0..refs.len() {
             hasher.value(get(row, i)?);
         }
         let key = hasher.finish().0;
         let mut columns = Vec::with_capacity(order.len());
-        for i in 0..order.len() {
-            hasher.value(get(row, refs.len() + i)?);
+        for (i, place) in order.iter().enumerate() {
+            let value = get(row, refs.len() + i)?;
+            // Under which id the row that it means is shown depends on other rows.
+            match meant.get(place).filter(|m| matches!(value, ValueRef::Int(id) if id == m.shown)) {
+                Some(m) => hasher.incarnation(&m.incarnation),
+                None => hasher.value(value),
+            }
             columns.push(hasher.finish().0);
         }
-        Ok(Seen { present: true, state, key, columns })
+        Ok(Seen { present: true, state, key, columns, placed })
     }
 }
 

@@ -13,7 +13,7 @@ use super::send::{commit_pieces, message_pieces};
 use crate::core::message::{Fragment, Message};
 use crate::core::names::{DbName, NodeName};
 use crate::core::version::SiteId;
-use crate::fabric::link::Outgoing;
+use crate::fabric::link::{Logged, Outgoing};
 
 /// How often the file is looked at when nothing hints at a change.
 const TICK: Duration = Duration::from_millis(250);
@@ -35,6 +35,8 @@ pub enum Input {
     Fragment(SiteId, Fragment),
     /// A message about this database.
     Message(NodeName, Message),
+    /// What was read of a peer's log.
+    Logged(Logged),
     /// A peer has come (back).
     Greet(NodeName),
     /// Anything else, in the thread.
@@ -94,6 +96,7 @@ fn weight(input: &Input) -> usize {
     match input {
         Input::Fragment(_, piece) => piece.data.len() + 100,
         Input::Message(_, Message::SyncPage(page)) => page.frames.iter().map(bytes::Bytes::len).sum(),
+        Input::Logged(logged) => logged.pieces.iter().map(bytes::Bytes::len).sum(),
         _ => 0,
     }
 }
@@ -205,6 +208,7 @@ impl Worker {
             }
             Input::Fragment(site, piece) => self.engine.on_fragment(site, &piece),
             Input::Message(from, message) => self.engine.on_message(&from, message, steady_ms()),
+            Input::Logged(logged) => self.engine.on_logged(&logged, steady_ms()),
             Input::Greet(peer) => {
                 self.engine.greet(&peer);
                 Ok(())
@@ -251,6 +255,7 @@ impl Worker {
                 Action::Send(to, message) => message_pieces(&message, |payload| {
                     send(Outgoing::Direct { to: to.clone(), payload });
                 }),
+                Action::ReadLog(asked) => send(Outgoing::ReadLog(asked)),
                 Action::Warn(text) => tracing::warn!("{text}"),
             }
         }

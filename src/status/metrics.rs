@@ -108,7 +108,7 @@ fn peers(w: &mut Writer<'_>, peers: &[PeerStatus]) {
 /// Name, type, help and value of what there is of every database.
 type Family = (&'static str, Type, &'static str, fn(&DatabaseStatus) -> u64);
 
-const DATABASE_FAMILIES: [Family; 14] = [
+const DATABASE_FAMILIES: [Family; 16] = [
     ("db_lsn", Type::Counter, "The file's counter of changed row states.", |d| d.lsn),
     ("db_pending_commits", Type::Gauge, "Commits of peers that wait to be applied.", |d| d.pending_commits),
     ("db_stopped_reasons", Type::Gauge, "Reasons why something is stopped.", |d| d.stopped.len() as u64),
@@ -116,6 +116,12 @@ const DATABASE_FAMILIES: [Family; 14] = [
     ("db_rows_published_total", Type::Counter, "Rows in commits published.", |d| d.rows_published),
     ("db_commits_applied_total", Type::Counter, "Commits of peers applied.", |d| d.commits_applied),
     ("db_peer_syncs_total", Type::Counter, "Requests to a peer for all its changes.", |d| d.peer_syncs),
+    ("db_logged_pieces_total", Type::Counter, "Pieces of commits read from peers' logs.", |d| {
+        d.logged_pieces
+    }),
+    ("db_missing_commits", Type::Gauge, "Commits that are missing and being fetched.", |d| {
+        d.catching_up.as_ref().map_or(0, |c| c.missing_commits)
+    }),
     ("db_messages_refused_total", Type::Counter, "Messages that could not be read.", |d| d.messages_refused),
     ("db_conflicts", Type::Gauge, "Lost writes that are kept and not restored.", |d| d.conflicts),
     ("db_id_collisions", Type::Gauge, "Those that are rows inserted at once under one id.", |d| {

@@ -140,6 +140,12 @@ pub struct DatabaseStatus {
     pub commits_applied: u64,
     /// How often a peer was asked for all that changed there.
     pub peer_syncs: u64,
+    /// Pieces of commits that were read from peers' logs, because they had been missed.
+    #[serde(default)]
+    pub logged_pieces: u64,
+    /// What is being made up for; absent when nothing is missing.
+    #[serde(default)]
+    pub catching_up: Option<CatchingUp>,
     /// Messages from peers that could not be read.
     pub messages_refused: u64,
     /// Lost writes that are kept in the file and were not restored.
@@ -168,6 +174,27 @@ pub struct DatabaseStatus {
     pub verified: Option<Verified>,
     /// How peers stand with this database.
     pub peers: Vec<DatabasePeer>,
+}
+
+/// Making up for what a node missed.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct CatchingUp {
+    /// What is read: a node's `log`, or its `rows`.
+    pub via: String,
+    /// The node that is read from.
+    pub node: String,
+    /// How many seconds ago it began.
+    pub for_s: f64,
+    /// The commits that are still missing.
+    pub missing_commits: u64,
+    /// Commits applied since it began.
+    pub commits: u64,
+    /// Commits applied a second.
+    pub commits_per_s: f64,
+    /// Bytes received since it began.
+    pub bytes: u64,
+    /// Bytes received a second.
+    pub bytes_per_s: f64,
 }
 
 /// What comparing rows with other nodes found.
@@ -242,6 +269,16 @@ pub(super) fn example() -> Status {
         ..DatabaseStatus::default()
     };
     let mut stopped = database("orders", DatabaseState::Stopped, vec![peer("n3", 120, 4)]);
+    stopped.catching_up = Some(CatchingUp {
+        via: "log".into(),
+        node: "n3".into(),
+        for_s: 2.0,
+        missing_commits: 4,
+        commits: 2_000,
+        commits_per_s: 1_000.0,
+        bytes: 3_000_000,
+        bytes_per_s: 1_500_000.0,
+    });
     stopped.stopped = vec!["table \"invoice\" has no column \"paid\" here: run the same migration".into()];
     Status {
         node: "n1".into(),

@@ -3,7 +3,7 @@
 
 use comfy_table::{CellAlignment, ColumnConstraint, ContentArrangement, Table, Width, presets};
 
-use super::model::{DatabaseStatus, FabricStatus, PeerStatus, Status, Verified};
+use super::model::{CatchingUp, DatabaseStatus, FabricStatus, PeerStatus, Status, Verified};
 
 /// The width used when the terminal does not tell its own.
 pub const DEFAULT_WIDTH: u16 = 80;
@@ -111,6 +111,10 @@ fn notes(databases: &[DatabaseStatus], width: u16) -> String {
         for reason in &d.stopped {
             lines.add_row(["stopped".to_owned(), format!("{}: {}", clean(&d.name), clean(reason))]);
         }
+        if let Some(c) = &d.catching_up {
+            let text = format!("{}: {}", clean(&d.name), clean(&catching_up(c)));
+            lines.add_row(["catches up".to_owned(), text]);
+        }
         if d.null_key_rows > 0 {
             let text = format!("{}: {} rows stay here: their key is NULL", clean(&d.name), d.null_key_rows);
             lines.add_row(["local".to_owned(), text]);
@@ -120,6 +124,21 @@ fn notes(databases: &[DatabaseStatus], width: u16) -> String {
         }
     }
     if lines.is_empty() { String::new() } else { finish(&lines) }
+}
+
+fn catching_up(c: &CatchingUp) -> String {
+    let mib = |bytes: f64| bytes / (1024.0 * 1024.0);
+    format!(
+        "{} commits are missing; reads the {} of {} for {}: {:.1} MiB ({:.1} MiB/s), {} commits applied ({:.0}/s)",
+        c.missing_commits,
+        c.via,
+        c.node,
+        duration(c.for_s),
+        mib(c.bytes as f64),
+        mib(c.bytes_per_s),
+        c.commits,
+        c.commits_per_s
+    )
 }
 
 fn verified(v: &Verified) -> String {

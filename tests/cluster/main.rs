@@ -3,8 +3,10 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod catchup;
 mod crash;
 mod join;
+mod power;
 mod rebuild;
 mod shapes;
 mod whole;

@@ -17,7 +17,7 @@ async fn two_nodes_exchange_all_kinds() {
     let (from, db, site, payload) = b
         .receive(|incoming| match incoming {
             Incoming::Commit { from, db, site, payload } => Some((from, db, site, payload)),
-            Incoming::Message { .. } => None,
+            Incoming::Message { .. } | Incoming::Logged(_) => None,
         })
         .await;
     assert_eq!((from.as_str(), db.as_str(), site, &payload[..]), ("a", "app", 7, &b"from a"[..]));

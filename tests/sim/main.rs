@@ -2,8 +2,8 @@
 //! duplicates, partitions; nodes are killed between any two steps and start again, join, leave, are restored from a
 //! copy. At the end every file has the same rows, and what is kept of conflicts is what was lost.
 //!
-//! `LITEMESH_SIM_SEEDS=n` runs so many seeds of each world, `LITEMESH_SIM_SEED=n` one. `LITEMESH_SIM_WORLD=name` runs
-//! one world only, `LITEMESH_SIM_KEEP=1,4-7` only these steps of its history. A failure prints the line that repeats
+//! `LITEMESH_SIM_SEEDS=n` runs so many seeds of each world (`250..500`: those), `LITEMESH_SIM_SEED=n` one.
+//! `LITEMESH_SIM_WORLD=name` runs one world only, `LITEMESH_SIM_KEEP=1,4-7` only these steps of its history. A failure prints the line that repeats
 //! it with as few steps as possible.
 
 mod clocks;
@@ -15,6 +15,7 @@ mod mixed;
 mod rare;
 mod rekey_model;
 mod rekey_oracle;
+mod rekey_rare;
 mod rekey_scripted;
 mod scripted;
 mod site;
@@ -39,8 +40,14 @@ fn number(name: &str) -> Option<u64> {
 fn seeds(default: u64) -> std::ops::Range<u64> {
     match number("LITEMESH_SIM_SEED") {
         Some(seed) => seed..seed + 1,
-        None => 0..number("LITEMESH_SIM_SEEDS").unwrap_or(default),
+        None => variable("LITEMESH_SIM_SEEDS").map_or(0..default, |text| parse_seeds(&text)),
     }
+}
+
+/// So many seeds, or those from one number up to another.
+fn parse_seeds(text: &str) -> std::ops::Range<u64> {
+    let number = |t: &str| t.parse().expect("LITEMESH_SIM_SEEDS is a number, or two such as 250..500");
+    text.split_once("..").map_or_else(|| 0..number(text), |(from, to)| number(from)..number(to))
 }
 
 /// Runs the seeds of a world.
@@ -187,7 +194,12 @@ fn nodes_converge_with_clocks_an_hour_off_that_jump() {
 fn tables_that_keep_both_lose_nothing_and_confuse_nobody() {
     mix("rekey", 60, |seed| {
         let kind = if seed.is_multiple_of(3) { mixed::Options::calm() } else { mixed::Options::storm() };
-        mixed::Options { nodes: 2 + (seed % 4) as usize, rekey: true, oracle: true, ..kind }
+        let nodes = 2 + (seed % 4) as usize;
+        // From clocks that agree to clocks that put one node before all others.
+        let skew_ms = [10, 500, 20_000][(seed / 3 % 3) as usize];
+        // Joining with a copy, leaving for ever, files restored from older copies: in half of the worlds.
+        let moves = (seed % 2) as f64 * 0.03;
+        mixed::Options { nodes, rekey: true, oracle: true, skew_ms, moves, ..kind }
     });
 }
 
@@ -195,7 +207,19 @@ fn tables_that_keep_both_lose_nothing_and_confuse_nobody() {
 fn tables_that_keep_both_converge_with_unique_constraints_and_equal_rows() {
     mix("rekey unique", 40, |seed| {
         let nodes = 2 + (seed % 3) as usize;
-        mixed::Options { nodes, uniques: seed.is_multiple_of(2), rekey: true, ..mixed::Options::storm() }
+        let uniques = seed.is_multiple_of(2);
+        mixed::Options { nodes, uniques, rekey: true, moves: 0.01, ..mixed::Options::storm() }
+    });
+}
+
+/// What was written before all had begun may be lost to a collision, as in other tables; nobody comes to differ.
+#[test]
+fn tables_that_begin_to_keep_both_amid_writes_converge() {
+    mix("rekey late", 60, |seed| {
+        let nodes = 2 + (seed % 4) as usize;
+        let skew_ms = [10, 500, 20_000][(seed / 3 % 3) as usize];
+        let (oracle, moves) = (seed % 2 == 0, 0.01);
+        mixed::Options { nodes, rekey: true, late: true, oracle, skew_ms, moves, ..mixed::Options::storm() }
     });
 }
 

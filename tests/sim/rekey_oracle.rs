@@ -41,10 +41,12 @@ impl Oracle {
         Self { made, ..Self::default() }
     }
 
-    /// One transaction of an application; some are rolled back.
-    pub fn write(&mut self, random: &mut StdRng, app: &Connection) {
+    /// One transaction of an application, at a time of its own (a julian day); some are rolled back.
+    pub fn write(&mut self, random: &mut StdRng, app: &Connection, day: f64) {
         let before = self.clone();
         app.execute_batch("BEGIN").unwrap();
+        let logged = "SELECT coalesce(max(seq), 0) FROM __litemesh_log";
+        let first: i64 = app.prepare_cached(logged).unwrap().query_row([], |r| r.get(0)).unwrap();
         for _ in 0..random.random_range(1..5) {
             let t = random.random_range(0..4);
             let kept = self.clone();
@@ -56,6 +58,9 @@ impl Oracle {
             }
             app.execute_batch("RELEASE s").unwrap();
         }
+        // A seed repeats itself whatever the time is.
+        let date = "UPDATE __litemesh_log SET ms = ?1 WHERE seq > ?2";
+        app.prepare_cached(date).unwrap().execute((day, first)).unwrap();
         if random.random_bool(0.1) {
             app.execute_batch("ROLLBACK").unwrap();
             *self = Self { next_uid: self.next_uid, ..before };
@@ -67,9 +72,12 @@ impl Oracle {
     fn statement(&mut self, random: &mut StdRng, app: &Connection, t: usize) -> rusqlite::Result<()> {
         let (table, above) = TABLES[t];
         let any = |table: &str, draw: i64| -> rusqlite::Result<Option<Row>> {
-            let count: i64 = app.query_row(&format!("SELECT count(*) FROM {table}"), [], |r| r.get(0))?;
+            let count: i64 =
+                app.prepare_cached(&format!("SELECT count(*) FROM {table}"))?.query_row([], |r| r.get(0))?;
             let sql = format!("SELECT id, uid FROM {table} ORDER BY uid LIMIT 1 OFFSET ?1");
-            app.query_row(&sql, [draw % count.max(1)], |r| Ok((r.get(0)?, r.get(1)?))).optional()
+            app.prepare_cached(&sql)?
+                .query_row([draw % count.max(1)], |r| Ok((r.get(0)?, r.get(1)?)))
+                .optional()
         };
         self.next_uid += 1;
         let uid = self.next_uid;
@@ -83,38 +91,41 @@ impl Oracle {
         let fresh = if t == 3 { format!("k{uid}").into() } else { rusqlite::types::Value::Null };
         let insert = format!("INTO {table}(id, uid, val, p, meant) VALUES(?1, ?2, 'new', ?3, ?4)");
         let at = |id: &rusqlite::types::Value| -> rusqlite::Result<Option<i64>> {
-            app.query_row(&format!("SELECT uid FROM {table} WHERE id = ?1"), [id], |r| r.get(0)).optional()
+            app.prepare_cached(&format!("SELECT uid FROM {table} WHERE id = ?1"))?
+                .query_row([id], |r| r.get(0))
+                .optional()
         };
         match (random.random_range(0..16), victim) {
             (0..6, _) => {
-                app.execute(&format!("INSERT {insert}"), (fresh, uid, parent, meant))?;
+                app.prepare_cached(&format!("INSERT {insert}"))?.execute((fresh, uid, parent, meant))?;
                 self.made.insert((t, uid));
             }
             (6, _) if t < 3 => {
-                app.execute(&format!("INSERT {insert}"), (key(small), uid, parent, meant))?;
+                app.prepare_cached(&format!("INSERT {insert}"))?.execute((key(small), uid, parent, meant))?;
                 self.made.insert((t, uid));
             }
             (7, Some((id, old))) if t < 3 => {
-                app.execute(&format!("INSERT OR REPLACE {insert}"), (id, uid, parent, meant))?;
+                app.prepare_cached(&format!("INSERT OR REPLACE {insert}"))?
+                    .execute((id, uid, parent, meant))?;
                 self.dead.insert(old);
                 self.made.insert((t, uid));
             }
             (8, Some((id, old))) => {
-                app.execute(&format!("DELETE FROM {table} WHERE id = ?1"), [id])?;
+                app.prepare_cached(&format!("DELETE FROM {table} WHERE id = ?1"))?.execute([id])?;
                 self.dead.insert(old);
             }
             (9, Some((id, old))) if t < 3 => {
                 // Deleted and made again at once.
-                app.execute(&format!("DELETE FROM {table} WHERE id = ?1"), [&id])?;
+                app.prepare_cached(&format!("DELETE FROM {table} WHERE id = ?1"))?.execute([&id])?;
                 self.dead.insert(old);
-                app.execute(&format!("INSERT {insert}"), (id, uid, parent, meant))?;
+                app.prepare_cached(&format!("INSERT {insert}"))?.execute((id, uid, parent, meant))?;
                 self.made.insert((t, uid));
             }
             (10, Some((id, old))) if t < 3 && id != key(small) => {
                 // Another id is another row; whom REPLACE displaces is gone.
                 let displaced = at(&key(small))?;
                 let sql = format!("UPDATE OR REPLACE {table} SET id = ?2, uid = ?3 WHERE id = ?1");
-                app.execute(&sql, (&id, small, uid))?;
+                app.prepare_cached(&sql)?.execute((&id, small, uid))?;
                 self.dead.extend(displaced);
                 self.dead.insert(old);
                 self.made.insert((t, uid));
@@ -122,17 +133,18 @@ impl Oracle {
             (11 | 12, Some((id, _))) => {
                 // By way of NULL: what is set to the value it has is no write to SQLite, and the two columns must
                 // be one.
-                app.execute(&format!("UPDATE {table} SET p = NULL, meant = NULL WHERE id = ?1"), [&id])?;
-                app.execute(
-                    &format!("UPDATE {table} SET p = ?2, meant = ?3 WHERE id = ?1"),
-                    (id, parent, meant),
-                )?;
+                app.prepare_cached(&format!("UPDATE {table} SET p = NULL, meant = NULL WHERE id = ?1"))?
+                    .execute([&id])?;
+                let sql = format!("UPDATE {table} SET p = ?2, meant = ?3 WHERE id = ?1");
+                app.prepare_cached(&sql)?.execute((id, parent, meant))?;
             }
             (13, _) => {
-                app.execute(&format!("UPDATE {table} SET val = ?1 WHERE uid % 3 = ?2"), (uid, small % 3))?;
+                app.prepare_cached(&format!("UPDATE {table} SET val = ?1 WHERE uid % 3 = ?2"))?
+                    .execute((uid, small % 3))?;
             }
             (_, Some((id, _))) => {
-                app.execute(&format!("UPDATE {table} SET val = ?2 WHERE id = ?1"), (id, uid))?;
+                app.prepare_cached(&format!("UPDATE {table} SET val = ?2 WHERE id = ?1"))?
+                    .execute((id, uid))?;
             }
             _ => {}
         }

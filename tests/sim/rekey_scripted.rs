@@ -2,16 +2,18 @@
 
 use bytes::Bytes;
 use litemesh::core::schema::SchemaMode;
+use litemesh::replica::restore::restore;
+use litemesh::replica::review::conflicts;
 
 use super::site::{START_MS, Site};
 
-const SCHEMA: &str = "
+pub const SCHEMA: &str = "
     CREATE TABLE orders(id INTEGER PRIMARY KEY, who, state);
     CREATE TABLE line(id INTEGER PRIMARY KEY, what, ord REFERENCES orders(id));
     CREATE TABLE note(id INTEGER PRIMARY KEY, text, line REFERENCES line(id));";
 
 /// Every row with the rows above it, by what they say rather than by their ids.
-const TREE: &str = "SELECT group_concat(t, ' ') FROM (
+pub const TREE: &str = "SELECT group_concat(t, ' ') FROM (
     SELECT o.who || coalesce(':' || o.state, '') || '>' || coalesce(l.what, '-') || '>' || coalesce(n.text, '-') AS t
     FROM orders AS o LEFT JOIN line AS l ON l.ord = o.id LEFT JOIN note AS n ON n.line = l.id ORDER BY 1)";
 
@@ -28,7 +30,7 @@ fn sites(test: &str, count: u64) -> Vec<Site> {
 }
 
 /// Gives everybody all commits, those that come of it included, until nobody has a word to say.
-fn exchange(sites: &mut [Site]) {
+pub fn exchange(sites: &mut [Site]) {
     for _ in 0..10 {
         sites.iter_mut().for_each(|s| s.settle(START_MS));
         let mut said: Vec<(usize, Vec<Bytes>)> = Vec::new();
@@ -166,22 +168,67 @@ fn equal_rows_are_one_row_to_which_all_children_belong() {
 }
 
 #[test]
-fn a_node_that_says_otherwise_takes_nothing_in_and_says_so() {
-    let mut all = [site("differs", 1, SCHEMA, true), site("differs", 2, SCHEMA, false)];
-    let ids = (all[0].site(), all[1].site());
-    let theirs = all[0].write("INSERT INTO orders(who) VALUES('ann')");
-    let ours = all[1].write("INSERT INTO orders(who) VALUES('bob')");
-    all[1].take(ids.0, &theirs);
-    all[0].take(ids.1, &ours);
-    all.iter_mut().for_each(|s| s.settle(START_MS));
-    for (site, row) in all.iter().zip(["ann>->-", "bob>->-"]) {
-        assert_eq!(site.text(TREE), row);
-        assert!(site.stopped().contains("set rekey alike on all nodes"), "{}", site.stopped());
+fn one_node_says_it_and_all_do_it() {
+    let mut all = [site("one-says", 1, SCHEMA, true), site("one-says", 2, SCHEMA, false)];
+    exchange(&mut all);
+    for (site, who) in all.iter().zip(["ann", "bob"]) {
+        site.run(&format!(
+            "INSERT INTO orders(who) VALUES('{who}'); INSERT INTO line(what, ord) VALUES('of {who}', 1)"
+        ));
     }
-    // Said alike, all goes on.
-    all[1].engine.store_mut().keep_both(Box::new(|_| true)).unwrap();
-    all[1].settle(START_MS + 10_000);
-    assert_eq!(all[1].text("SELECT count(*) FROM orders"), "2");
+    exchange(&mut all);
+    same(&all, "ann>of ann>- bob>of bob>-");
+    let kept = |s: &Site| s.engine.store().kept_both().unwrap();
+    assert_eq!(kept(&all[0]), kept(&all[1]));
+    assert_eq!(kept(&all[1]), [("line".to_owned(), 1), ("note".to_owned(), 0), ("orders".to_owned(), 1)]);
+}
+
+#[test]
+fn what_collided_before_all_kept_both_is_a_conflict_and_what_collides_afterwards_is_not() {
+    for told_first in [false, true] {
+        let mut all = [1, 2, 3].map(|n| site(&format!("late{told_first}"), n, SCHEMA, false));
+        let write = |site: &Site, id: i64, who: &str| {
+            site.run(&format!(
+                "INSERT INTO orders(id, who) VALUES({id}, '{who}');
+                 INSERT INTO line(id, what, ord) VALUES({id}, 'of {who}', {id})"
+            ));
+        };
+        write(&all[0], 1, "ann");
+        write(&all[1], 1, "bob");
+        exchange(&mut all);
+        let open = |s: &Site| s.engine.store().conflict_counts().unwrap().open;
+        assert!(all.iter().all(|s| s.text("SELECT count(*) FROM orders") == "1" && open(s) == 2));
+        // The first begins while the third is about to insert the same id.
+        all[0].engine.store_mut().keep_both(Box::new(|_| true)).unwrap();
+        if told_first {
+            exchange(&mut all);
+        }
+        write(&all[0], 5, "cy");
+        std::thread::sleep(std::time::Duration::from_millis(2));
+        write(&all[2], 5, "di");
+        exchange(&mut all);
+        let has = |s: &Site, who: &str| s.text(TREE).contains(&format!("{who}>of {who}>-"));
+        // The later one stays; the other moves, for its own writer had begun.
+        for s in &all {
+            assert!(has(s, "cy") && has(s, "di"), "{told_first}: {}", s.text(TREE));
+            assert_eq!((s.stopped().as_str(), open(s)), ("", 2));
+        }
+        for (site, who) in all.iter().zip(["ed", "flo", "gus"]) {
+            write(site, 9, who);
+        }
+        exchange(&mut all);
+        assert!(all.iter().all(|s| has(s, "ed") && has(s, "flo") && has(s, "gus") && open(s) == 2));
+        // What was lost before can be brought back.
+        for conflict in conflicts(&all[1].app).unwrap() {
+            restore(&all[1].app, conflict.id, conflict.is_collision(), START_MS).unwrap();
+            exchange(&mut all);
+        }
+        for s in &all {
+            let tree = s.text(TREE);
+            assert!(tree.contains("of ann") && tree.contains("of bob") && open(s) == 0, "{tree}");
+            assert_eq!(tree, all[0].text(TREE));
+        }
+    }
 }
 
 #[test]
@@ -196,6 +243,15 @@ fn a_file_without_such_tables_has_nothing_of_it_and_a_key_that_refers_is_refused
     with.settle(START_MS);
     assert_eq!(with.text("SELECT count(*) FROM __litemesh_rekey"), "2");
     assert!(with.warnings.iter().any(|w| w.contains("\"line\" cannot keep both")), "{:?}", with.warnings);
+    let schema = "CREATE TABLE t(id TEXT PRIMARY KEY, v);
+        CREATE TABLE u(a INTEGER PRIMARY KEY, b) WITHOUT ROWID";
+    let mut other = site("text", 4, schema, true);
+    other.settle(START_MS);
+    for table in ["t", "u"] {
+        let begins = format!("table \"{table}\" cannot keep both");
+        let told = |w: &String| w.contains(&begins) && w.contains("INTEGER PRIMARY KEY");
+        assert!(other.warnings.iter().any(told), "{:?}", other.warnings);
+    }
     let same = site("off", 3, SCHEMA, true);
     assert_eq!(same.text("SELECT count(*) FROM __litemesh_rekey"), "3");
 }

@@ -5,6 +5,7 @@ use litemesh::core::message::{Fragment, Message, decode};
 use litemesh::core::names::NodeName;
 use litemesh::core::schema::SchemaMode;
 use litemesh::core::version::SiteId;
+use litemesh::fabric::link::{LogEnd, Logged};
 use litemesh::replica::adopt;
 use litemesh::replica::conflict::Retention;
 use litemesh::replica::engine::{Action, Engine};
@@ -63,6 +64,7 @@ impl Site {
 
     pub fn settle(&mut self, now_ms: u64) {
         self.engine.settle(now_ms).unwrap();
+        let mut readings = Vec::new();
         for action in self.engine.take_actions() {
             match action {
                 Action::Publish(mut own) => {
@@ -72,8 +74,15 @@ impl Site {
                 }
                 Action::Broadcast(m) => self.messages.push((None, m)),
                 Action::Send(to, m) => self.messages.push((Some(to), m)),
+                Action::ReadLog(asked) => readings.push(asked),
                 Action::Warn(text) => self.warnings.push(text),
             }
+        }
+        // Here nobody keeps a log.
+        for asked in readings {
+            let logged = Logged { asked, pieces: Vec::new(), end: LogEnd::Gone("there is none".to_owned()) };
+            self.engine.on_logged(&logged, now_ms).unwrap();
+            self.settle(now_ms);
         }
     }
 

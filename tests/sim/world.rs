@@ -87,13 +87,13 @@ pub fn spool() -> PathBuf {
     std::env::temp_dir()
 }
 
-fn memory() -> (String, Connection) {
+pub fn memory() -> (String, Connection) {
     let uri = format!("file:sim-{}?mode=memory&cache=shared", FILES.fetch_add(1, Ordering::Relaxed));
     let conn = Connection::open(&uri).unwrap();
     (uri, conn)
 }
 
-fn copy_database(from: &Connection, to: &mut Connection) {
+pub fn copy_database(from: &Connection, to: &mut Connection) {
     let backup = Backup::new(from, to).unwrap();
     assert_eq!(backup.step(-1).unwrap(), rusqlite::backup::StepResult::Done);
 }
@@ -355,6 +355,7 @@ impl World {
                         engine.on_message(&from, message, now).unwrap();
                     }
                 }
+                Incoming::Logged(logged) => engine.on_logged(&logged, now).unwrap(),
             }
         }
         for i in 0..self.nodes.len() {
@@ -405,6 +406,7 @@ impl World {
             Action::Send(to, m) => {
                 message_pieces(&m, |payload| send(Outgoing::Direct { to: to.clone(), payload }));
             }
+            Action::ReadLog(asked) => send(Outgoing::ReadLog(asked)),
             Action::Warn(_) => {}
         }
     }

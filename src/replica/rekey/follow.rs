@@ -6,8 +6,7 @@ use std::sync::Arc;
 
 use rusqlite::params_from_iter;
 
-use super::links::Link;
-use crate::core::capture::state_table;
+use super::links::{Link, Ref, refs_table};
 use crate::core::rekey::{Incarnation, follow, resolve};
 use crate::core::sqltext::{ident, list};
 use crate::core::value::{Value, ValueRef};
@@ -22,6 +21,14 @@ use crate::sqlite::value::get;
 /// the transaction began.
 pub(in crate::replica) type Moves = HashMap<(i64, Incarnation), BTreeSet<i64>>;
 
+/// A row that a column refers to.
+pub(in crate::replica) struct Meant {
+    /// Which one.
+    pub incarnation: Incarnation,
+    /// The id under which it is shown.
+    pub shown: i64,
+}
+
 const SCRATCH: &str = "CREATE TEMP TABLE IF NOT EXISTS __litemesh_moves(id INTEGER PRIMARY KEY);
     DELETE FROM temp.__litemesh_moves";
 
@@ -29,7 +36,7 @@ impl Store {
     /// Notes under which ids references to a row are shown, before it moves or gets a successor. One that leads by
     /// a row that did so in this transaction may still be shown as it was before.
     pub(super) fn touch(&mut self, plan: &Plan, link: &Link, incarnation: Incarnation) -> Result<()> {
-        if link.children.is_empty() || incarnation.is_adopted() {
+        if link.children.is_empty() || link.is_fixed(incarnation.birth) {
             return Ok(());
         }
         let mut path = Vec::new();
@@ -183,6 +190,28 @@ impl Store {
         Ok(())
     }
 
+    /// What a row's columns refer to, by their places in the table.
+    pub(in crate::replica) fn meant(
+        &self,
+        plan: &Plan,
+        key: &[ValueRef<'_>],
+    ) -> Result<BTreeMap<usize, Meant>> {
+        let mut meant = BTreeMap::new();
+        let Some(link) = self.links.get(&plan.table.id) else { return Ok(meant) };
+        for (column, incarnation) in link.read_refs(&self.conn, &self.sites, key)? {
+            let Some(reference) = link.refs.iter().find(|r| r.column == column) else { continue };
+            let Some(its) = self.links.get(&reference.parent.table.id) else { continue };
+            let shown = resolve(&mut self.looking(&reference.parent, its), incarnation)?.id;
+            meant.insert(reference.at, Meant { incarnation, shown });
+        }
+        Ok(meant)
+    }
+
+    /// Whether a table keeps both rows of an id collision.
+    pub(in crate::replica) fn keeps_both(&self, plan: &Plan) -> bool {
+        self.links.get(&plan.table.id).is_some_and(|l| l.keeps_both)
+    }
+
     /// References that do not show the id of the row they mean, each for people; there must be none after any
     /// transaction of ours.
     pub fn stale_references(&mut self) -> Result<Vec<String>> {
@@ -217,30 +246,43 @@ impl Store {
         Ok(stale)
     }
 
-    /// Notes what rows refer to that were here before their table had references to follow.
-    pub(super) fn note_old_refs(&mut self, plan: &Plan) -> Result<()> {
-        let Some(link) = self.links.get(&plan.table.id).cloned() else { return Ok(()) };
+    /// The rows that refer, by these columns, to rows that may be shown under another id some day.
+    pub(super) fn shown_refs(&self, plan: &Plan, columns: &[u32]) -> Result<Vec<(Vec<Value>, Vec<u32>)>> {
+        let Some(link) = self.links.get(&plan.table.id) else { return Ok(Vec::new()) };
         let keys = plan.table.key.len();
-        let joined = (0..keys).map(|i| format!("t.{} = s.k{i}", plan.table.key[i].sql));
+        let refs: Vec<&Ref> = link.refs.iter().filter(|r| columns.contains(&r.column)).collect();
         let sql = format!(
-            "SELECT {}, {} FROM {} AS s JOIN {} AS t ON {} WHERE s.dh IS NULL",
-            list(0..keys, |i| format!("s.k{i}")),
-            list(&link.refs, |r| format!("t.{}", ident(&plan.table.columns[r.at].name))),
-            state_table(&plan.table),
+            "SELECT {}, {} FROM {}",
+            list(&plan.table.key, |k| k.sql.clone()),
+            list(&refs, |r| ident(&plan.table.columns[r.at].name)),
             ident(&plan.table.name),
-            joined.collect::<Vec<_>>().join(" AND "),
         );
-        for row in self.read_all(&sql, keys + link.refs.len())? {
-            let key: Vec<ValueRef<'_>> = row[..keys].iter().map(Value::as_ref).collect();
-            let mut refs = super::links::Refs::new();
-            for (reference, value) in link.refs.iter().zip(&row[keys..]) {
-                if let Some(parent) = self.parent_shown_as(reference, value.as_ref())? {
-                    refs.insert(reference.column, parent);
+        let mut found = Vec::new();
+        for mut row in self.read_all(&sql, keys + refs.len())? {
+            let mut of_it = Vec::new();
+            for (reference, value) in refs.iter().zip(&row[keys..]) {
+                if self.parent_shown_as(reference, value.as_ref())?.is_some() {
+                    of_it.push(reference.column);
                 }
             }
-            if !refs.is_empty() {
-                link.write_refs(&self.conn, &mut self.sites, &key, &refs)?;
+            if !of_it.is_empty() {
+                row.truncate(keys);
+                found.push((row, of_it));
             }
+        }
+        Ok(found)
+    }
+
+    /// Forgets what these columns of a table referred to.
+    pub(super) fn forget_refs(&mut self, plan: &Plan, columns: &[u32]) -> Result<()> {
+        let Some(link) = self.links.get(&plan.table.id).cloned() else { return Ok(()) };
+        let keys = plan.table.key.len();
+        let sql = format!("SELECT {} FROM {}", list(0..keys, |i| format!("k{i}")), refs_table(&plan.table));
+        for key in self.read_all(&sql, keys)? {
+            let key: Vec<ValueRef<'_>> = key.iter().map(Value::as_ref).collect();
+            let mut refs = link.read_refs(&self.conn, &self.sites, &key)?;
+            refs.retain(|column, _| !columns.contains(column));
+            link.write_refs(&self.conn, &mut self.sites, &key, &refs)?;
         }
         Ok(())
     }

@@ -1,5 +1,5 @@
-//! Which tables keep both rows, and which columns refer to them. Invariant: a table that keeps both does so for ever:
-//! its states cannot be read otherwise.
+//! What keeping both rows has to do with each table: ids, and references to them. Invariant: what is told to others
+//! goes by ids that writers gave, never by those under which rows are shown.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -13,14 +13,14 @@ use crate::core::rekey::{Incarnation, LinkedRow, SUCCESSOR, may_be_moved, succes
 use crate::core::schema::{KeyKind, Table};
 use crate::core::sqltext::{ident, list};
 use crate::core::value::ValueRef;
-use crate::core::version::{Hlc, Version};
+use crate::core::version::{Hlc, SiteId, Version};
 use crate::replica::Result;
 use crate::replica::plan::Plan;
 use crate::replica::rows::ChangedRow;
 use crate::replica::shadow::{Sites, read_varint, write_varint};
-use crate::replica::store::{Store, TableFilter};
 
 /// A column that refers to a table that keeps both rows.
+#[derive(Clone)]
 pub(in crate::replica) struct Ref {
     /// The column.
     pub column: ColumnId,
@@ -31,6 +31,7 @@ pub(in crate::replica) struct Ref {
 }
 
 /// What keeping both rows has to do with one table.
+#[derive(Clone)]
 pub(in crate::replica) struct Link {
     /// Whether it keeps both rows of an id collision itself.
     pub keeps_both: bool,
@@ -38,6 +39,8 @@ pub(in crate::replica) struct Link {
     pub refs: Vec<Ref>,
     /// Columns that refer to it: table and place.
     pub children: Vec<(Arc<Plan>, usize)>,
+    /// Rows born at these sites until then never move: their nodes did not keep both yet.
+    pub fixed: BTreeMap<SiteId, Hlc>,
     select_origin: String,
     put_origin: String,
     remove_origin: String,
@@ -57,7 +60,12 @@ pub(in crate::replica) type Links = HashMap<i64, Arc<Link>>;
 pub(in crate::replica) type Refs = BTreeMap<ColumnId, Incarnation>;
 
 impl Link {
-    fn new(table: &Table, keeps_both: bool, refs: Vec<Ref>, children: Vec<(Arc<Plan>, usize)>) -> Self {
+    pub(super) fn new(
+        table: &Table,
+        keeps_both: bool,
+        refs: Vec<Ref>,
+        children: Vec<(Arc<Plan>, usize)>,
+    ) -> Self {
         let (state, on) = (state_table(table), ident(&table.name));
         let (moved, refs_table) = (moved_table(table), refs_table(table));
         let keys = table.key.len();
@@ -70,6 +78,7 @@ impl Link {
             refs.iter().map(|r| format!(", t.{}", ident(&table.columns[r.at].name))).collect();
         Self {
             keeps_both,
+            fixed: BTreeMap::new(),
             select_origin: format!("SELECT origin FROM {moved} WHERE id = ?1"),
             put_origin: format!("INSERT OR REPLACE INTO {moved}(id, origin) VALUES(?1, ?2)"),
             remove_origin: format!("DELETE FROM {moved} WHERE id = ?1"),
@@ -91,6 +100,19 @@ impl Link {
             refs,
             children,
         }
+    }
+
+    /// Whether a row never moves: it was there at adoption, or written where the table did not keep both yet.
+    pub fn is_fixed(&self, birth: Version) -> bool {
+        birth == Version::ZERO || self.fixed.get(&birth.site).is_some_and(|until| birth.hlc <= *until)
+    }
+
+    /// How many rows are shown under another id than their writer's.
+    pub fn count_moved(&self, conn: &Connection, plan: &Plan) -> Result<u64> {
+        let (moved, on) = (moved_table(&plan.table), ident(&plan.table.name));
+        let key = &plan.table.key[0].sql;
+        let sql = format!("SELECT count(*) FROM {moved} AS m CROSS JOIN {on} AS t ON t.{key} = m.id");
+        Ok(conn.prepare_cached(&sql)?.query_row([], |r| r.get::<_, i64>(0))? as u64)
     }
 
     /// The id that a row's writer gave it.
@@ -176,6 +198,7 @@ impl Link {
         if let [ValueRef::Int(place)] = row.key[..] {
             row.origin = Some(self.origin(conn, place)?).filter(|o| *o != place);
         }
+        row.fixed = self.keeps_both && row.state.birth != Version::ZERO && self.is_fixed(row.state.birth);
         if let Some(birth) = successor(&row.state) {
             row.refs.push((0, birth));
         }
@@ -212,16 +235,16 @@ fn moved_table(table: &Table) -> String {
     format!("{PREFIX}moved_{}", table.id)
 }
 
-fn refs_table(table: &Table) -> String {
+pub(super) fn refs_table(table: &Table) -> String {
     format!("{PREFIX}refs_{}", table.id)
 }
 
-fn create_moved(table: &Table) -> String {
+pub(super) fn create_moved(table: &Table) -> String {
     let name = moved_table(table);
     format!("CREATE TABLE IF NOT EXISTS {name}(id INTEGER PRIMARY KEY, origin INTEGER NOT NULL)")
 }
 
-fn create_refs(table: &Table) -> String {
+pub(super) fn create_refs(table: &Table) -> String {
     let name = refs_table(table);
     if table.key_kind != KeyKind::Declared {
         return format!("CREATE TABLE {name}(k0 INTEGER PRIMARY KEY, refs BLOB NOT NULL)");
@@ -232,119 +255,13 @@ fn create_refs(table: &Table) -> String {
     format!("CREATE TABLE {name}({columns}, refs BLOB NOT NULL, PRIMARY KEY({keys})) WITHOUT ROWID")
 }
 
-const TABLES: &str = "
-CREATE TABLE IF NOT EXISTS __litemesh_rekey(tbl INTEGER PRIMARY KEY);
-CREATE TABLE IF NOT EXISTS __litemesh_waiting(tbl INTEGER NOT NULL, origin INTEGER NOT NULL, bh INTEGER NOT NULL,
-  bs INTEGER NOT NULL, shown INTEGER NOT NULL, PRIMARY KEY(tbl, origin, bh, bs, shown)) WITHOUT ROWID;
-";
-
 /// A single-column foreign key: the child's column, the parent's name and, if named, its column.
-type ForeignKey = (String, String, Option<String>);
+pub(super) type ForeignKey = (String, String, Option<String>);
 
-fn foreign_keys(conn: &Connection, table: &str) -> Result<Vec<ForeignKey>> {
+pub(super) fn foreign_keys(conn: &Connection, table: &str) -> Result<Vec<ForeignKey>> {
     let sql =
         "SELECT \"from\", \"table\", \"to\" FROM pragma_foreign_key_list(?1) GROUP BY id HAVING count(*) = 1";
     let mut statement = conn.prepare_cached(sql)?;
     let rows = statement.query_map([table], |r| Ok((r.get(0)?, r.get(1)?, r.get(2)?)))?;
     Ok(rows.collect::<rusqlite::Result<_>>()?)
-}
-
-impl Store {
-    /// Has the tables that `which` names keep both rows of an id collision, from now on and for ever. All nodes must
-    /// say the same: rows of a node that says otherwise are not taken in.
-    pub fn keep_both(&mut self, which: TableFilter) -> Result<()> {
-        self.keep_both = Some(which);
-        self.schema_version = -1;
-        self.write(Self::refresh_schema)
-    }
-}
-
-/// Reads anew what has to do with keeping both rows, after the schema was read.
-pub(in crate::replica) fn refresh(store: &mut Store) -> Result<()> {
-    let exists = "SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = '__litemesh_rekey'";
-    let begun = store.conn.prepare_cached(exists)?.exists([])?;
-    store.links = Arc::new(Links::new());
-    if !begun && store.keep_both.is_none() {
-        return Ok(());
-    }
-    store.conn.execute_batch(TABLES)?;
-    let plans = store.plans.clone();
-    let mut keys = Vec::new();
-    for plan in plans.iter() {
-        for (from, parent, to) in foreign_keys(&store.conn, &plan.table.name)? {
-            let parent = plans.iter().find(|p| p.table.name.eq_ignore_ascii_case(&parent));
-            let to_key = |p: &&Arc<Plan>| {
-                p.table.key_kind == KeyKind::Integer
-                    && to.as_ref().is_none_or(|to| to.eq_ignore_ascii_case(&p.table.key[0].name))
-            };
-            if let Some(parent) = parent.filter(to_key) {
-                keys.push((plan.clone(), from, parent.clone()));
-            }
-        }
-    }
-    let mut keeping = Vec::new();
-    for plan in plans.iter() {
-        let in_key = keys
-            .iter()
-            .find(|(child, from, parent)| Arc::ptr_eq(parent, plan) && child.table.column(from).is_none());
-        if keeps_both(store, plan, in_key.map(|(child, ..)| child.table.name.as_str()))? {
-            keeping.push(plan.clone());
-        }
-    }
-    keys.retain(|(.., parent)| keeping.iter().any(|k| Arc::ptr_eq(k, parent)));
-    let mut links = Links::new();
-    let mut new = Vec::new();
-    for plan in plans.iter() {
-        let keeps_both = keeping.iter().any(|k| Arc::ptr_eq(k, plan));
-        let at = |child: &Plan, from: &str| {
-            child.table.columns.iter().position(|c| c.name.eq_ignore_ascii_case(from))
-        };
-        let refs =
-            keys.iter().filter(|(child, ..)| Arc::ptr_eq(child, plan)).filter_map(|(child, from, parent)| {
-                let at = at(child, from)?;
-                Some(Ref { column: child.table.columns[at].id, at, parent: parent.clone() })
-            });
-        let refs: Vec<Ref> = refs.collect();
-        let children = keys.iter().filter(|(.., parent)| Arc::ptr_eq(parent, plan));
-        let children = children.filter_map(|(child, from, _)| Some((child.clone(), at(child, from)?)));
-        let children: Vec<_> = children.collect();
-        if !keeps_both && refs.is_empty() {
-            continue;
-        }
-        if keeps_both {
-            store.conn.execute_batch(&create_moved(&plan.table))?;
-        }
-        let refs_name = refs_table(&plan.table);
-        let exists = "SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = ?1";
-        if !refs.is_empty() && !store.conn.prepare_cached(exists)?.exists([&refs_name])? {
-            store.conn.execute_batch(&create_refs(&plan.table))?;
-            new.push(plan.clone());
-        }
-        links.insert(plan.table.id, Arc::new(Link::new(&plan.table, keeps_both, refs, children)));
-    }
-    store.links = Arc::new(links);
-    // References of rows that were here before; of those that are in the log absorb makes them.
-    new.iter().try_for_each(|plan| store.note_old_refs(plan))
-}
-
-/// Whether a table keeps both rows: because it did before, or because the configuration says so and it can.
-fn keeps_both(store: &mut Store, plan: &Plan, in_key_of: Option<&str>) -> Result<bool> {
-    let table = &plan.table;
-    if table.key_kind != KeyKind::Integer || table.is_ours() {
-        return Ok(false);
-    }
-    let known =
-        store.conn.prepare_cached("SELECT 1 FROM __litemesh_rekey WHERE tbl = ?1")?.exists([table.id])?;
-    let wanted = store.keep_both.as_ref().is_some_and(|which| which(&table.name));
-    if let Some(child) = in_key_of.filter(|_| known || wanted) {
-        let name = &table.name;
-        store.notes.push(format!(
-            "table {name:?} cannot keep both rows of an id collision: the key of table {child:?} holds references to \
-             it, which cannot follow a row that gets another id"
-        ));
-    }
-    if wanted && !known && in_key_of.is_none() {
-        store.conn.execute("INSERT INTO __litemesh_rekey(tbl) VALUES(?1)", [table.id])?;
-    }
-    Ok(known || (wanted && in_key_of.is_none()))
 }

@@ -7,10 +7,14 @@
 //! is that row's own id. References to rows that are not here yet are in `__litemesh_waiting`. None of this exists in
 //! a file that has no such table.
 
+mod begin;
 mod follow;
 mod links;
 mod own;
 mod places;
+mod whereabouts;
 
+pub(super) use begin::refresh;
 pub(super) use follow::Moves;
-pub(super) use links::{Link, Links, refresh};
+pub(super) use links::{Link, Links};
+pub(super) use whereabouts::{Finder, Whereabouts};

@@ -51,7 +51,7 @@ impl Store {
             link.set_origin(&self.conn, place, place)?;
             link.write_refs(&self.conn, &mut self.sites, &[ValueRef::Int(place)], &Refs::new())?;
             let incarnation = Incarnation { origin, birth: state.birth };
-            if incarnation.is_adopted() || state.birth == version {
+            if link.is_fixed(incarnation.birth) || state.birth == version {
                 continue;
             }
             let row = Row { state: succeeded(&state, version), values: Default::default() };
@@ -179,7 +179,7 @@ impl Store {
         let plan = &reference.parent;
         let Some(link) = self.links.get(&plan.table.id) else { return Ok(None) };
         let occupant = self.looking(plan, link).occupant(id)?;
-        Ok(occupant.map(|o| o.incarnation).filter(|i| !i.is_adopted()))
+        Ok(occupant.map(|o| o.incarnation).filter(|i| !link.is_fixed(i.birth)))
     }
 }
 

@@ -74,7 +74,7 @@ impl Homes for Taking<'_> {
         incarnation: Incarnation,
         row: LinkedRow,
     ) -> Result<Option<(Incarnation, LinkedRow)>> {
-        let Self { store, plan, link, deferred, .. } = self;
+        let Self { store, plan, link, deferred, they_saw } = self;
         let key = [ValueRef::Int(place)];
         let old = store.local_linked(plan, link, &key, deferred)?;
         let mut displaced = None;
@@ -85,7 +85,14 @@ impl Homes for Taking<'_> {
             if old.present {
                 store.conn.prepare_cached(&plan.delete_row)?.execute([place])?;
             }
-            displaced = (!its.is_adopted()).then_some((its, old.linked));
+            if link.is_fixed(its.birth) {
+                let vector = &store.head.vector;
+                for loss in losses(&old.linked.row, &row.row, they_saw, &|v| vector.covers(v)) {
+                    store.keep_conflict(plan, &key, &loss)?;
+                }
+            } else {
+                displaced = Some((its, old.linked));
+            }
         }
         link.set_origin(&store.conn, place, incarnation.origin)?;
         let twin =
@@ -131,6 +138,9 @@ impl Store {
                     _ => self.merge_linked(plan, link, &key, &theirs, they_saw, deferred),
                 }
             }
+            (true, [ValueRef::Int(origin)]) if link.is_fixed(birth) => {
+                self.take_fixed((plan, link), *origin, theirs, they_saw, deferred)
+            }
             (true, [ValueRef::Int(origin)]) => {
                 let incarnation = Incarnation { origin: *origin, birth };
                 self.take_incarnation((plan, link), incarnation, theirs, they_saw, deferred)
@@ -141,6 +151,32 @@ impl Store {
                     "a row of table {table:?} came with a key that is no integer"
                 )))
             }
+        }
+    }
+
+    /// A row from before is at home, or gone: with rows of its kind it is merged as in any other table.
+    fn take_fixed(
+        &mut self,
+        (plan, link): (&Arc<Plan>, &Arc<Link>),
+        origin: i64,
+        theirs: LinkedRow,
+        they_saw: &dyn Fn(Version) -> bool,
+        deferred: &mut Vec<Deferred>,
+    ) -> Result<()> {
+        let key = [ValueRef::Int(origin)];
+        let incarnation = Incarnation { origin, birth: theirs.row.state.birth };
+        let occupant = self.looking(plan, link).occupant(origin)?.map(|o| o.incarnation);
+        match occupant.filter(|o| !link.is_fixed(o.birth)) {
+            None => self.merge_linked(plan, link, &key, &theirs, they_saw, deferred),
+            Some(other) if other.ranks_above(&incarnation) => {
+                let Some(ours) = self.local_linked(plan, link, &key, deferred)? else { return Ok(()) };
+                let vector = &self.head.vector;
+                for loss in losses(&ours.linked.row, &theirs.row, they_saw, &|v| vector.covers(v)) {
+                    self.keep_conflict(plan, &key, &loss)?;
+                }
+                Ok(())
+            }
+            Some(_) => self.take_incarnation((plan, link), incarnation, theirs, they_saw, deferred),
         }
     }
 

@@ -1,0 +1,99 @@
+//! Readers that need nothing but bytes.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use litemesh::config::raw::Raw;
+use litemesh::core::frame::{Frame, RowBuffer};
+use litemesh::core::message::{CommitHeader, Fragment, Message, decode, encode};
+use litemesh::core::{ddl, names};
+use litemesh::fabric::JoinToken;
+use litemesh::fabric::keys::MeshKey;
+
+use crate::{fuzz, write_samples};
+
+const CASES: u64 = 20_000;
+
+fn quietly(what: impl FnOnce()) -> Result<(), String> {
+    catch_unwind(AssertUnwindSafe(what)).map_err(|panic| {
+        let text = panic.downcast_ref::<String>().cloned();
+        let text = text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()));
+        format!("it panicked: {}", text.unwrap_or_default())
+    })
+}
+
+#[test]
+fn messages() {
+    fuzz("message", CASES, |bytes| {
+        quietly(|| {
+            if let Ok(message) = decode::<Message>(bytes) {
+                assert_eq!(decode::<Message>(&encode(&message)), Ok(message), "it does not come back");
+            }
+        })
+    });
+}
+
+#[test]
+fn pieces_and_headers() {
+    fuzz("piece", CASES, |bytes| {
+        quietly(|| {
+            if let Ok(piece) = decode::<Fragment>(bytes) {
+                drop(piece.begins());
+            }
+            drop(decode::<CommitHeader>(bytes));
+        })
+    });
+}
+
+#[test]
+fn frames() {
+    fuzz("frame", CASES, |bytes| {
+        quietly(|| {
+            let Ok(frame) = Frame::open(bytes) else { return };
+            let Ok(sections) = frame.sections() else { return };
+            for mut section in sections {
+                let mut row = RowBuffer::default();
+                while let Ok(Some(_)) = section.next_row(&mut row) {}
+            }
+        })
+    });
+}
+
+#[test]
+fn join_tokens() {
+    let addresses = ["10.0.0.1:6222", "[fe80::2]:6223", "c.example:1"].map(|a| a.parse().unwrap());
+    let token = JoinToken::new(MeshKey::from_bytes([9; 32]), addresses.to_vec()).unwrap();
+    write_samples("token", &[token.reveal().into_bytes()]);
+    fuzz("token", CASES, |bytes| {
+        quietly(|| {
+            let text = String::from_utf8_lossy(bytes);
+            match text.parse::<JoinToken>() {
+                Ok(token) => drop(token.reveal().parse::<JoinToken>().expect("it is read again")),
+                Err(e) => assert!(!e.to_string().is_empty()),
+            }
+        })
+    });
+}
+
+#[test]
+fn definitions_of_the_schema() {
+    fuzz("definition", CASES, |bytes| {
+        quietly(|| {
+            let text = String::from_utf8_lossy(bytes);
+            drop(ddl::parse_table(&text));
+            drop((ddl::normal(&text), ddl::column_shape(&text), ddl::on_table(&text)));
+            drop((ddl::is_constant(&text), ddl::numbered_columns(&text)));
+            drop(litemesh::replica::schema::TableDef::parse(&text));
+            drop(text.parse::<names::NodeName>());
+        })
+    });
+}
+
+#[test]
+fn configuration_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("litemesh.toml");
+    fuzz("config", 2_000, |bytes| {
+        std::fs::write(&file, bytes).unwrap();
+        quietly(|| drop(Raw::from_file(&file)))
+    });
+}
