@@ -306,6 +306,7 @@ fn describe(
         id_collisions: conflicts.collisions,
         collision_children: conflicts.children,
         whole_row_tables: store.whole_row_tables().unwrap_or_default(),
+        moved_rows: store.kept_both().unwrap_or_default().into_iter().collect(),
         conflicts_pruned: counters.conflicts_pruned,
         null_key_rows: store.null_keys(),
         state_rows,

@@ -159,6 +159,9 @@ pub struct DatabaseStatus {
     /// Tables whose rows are merged as a whole.
     #[serde(default)]
     pub whole_row_tables: Vec<String>,
+    /// Tables that keep both rows of an id collision, and how many of their rows have another id than they were given.
+    #[serde(default)]
+    pub moved_rows: BTreeMap<String, u64>,
     /// Conflicts that this node removed because they were too old or too many.
     #[serde(default)]
     pub conflicts_pruned: u64,
@@ -255,6 +258,7 @@ pub(super) fn example() -> Status {
         vector: BTreeMap::from([("00000000000000a1".into(), 7)]),
         commits_published: 1204,
         conflicts: 3,
+        moved_rows: BTreeMap::from([("invoice".into(), 2)]),
         verified: Some(Verified {
             at: "2026-01-02T03:00:00Z".into(),
             age_s: 245.0,

@@ -119,6 +119,14 @@ fn notes(databases: &[DatabaseStatus], width: u16) -> String {
             let text = format!("{}: {} rows stay here: their key is NULL", clean(&d.name), d.null_key_rows);
             lines.add_row(["local".to_owned(), text]);
         }
+        for (table, moved) in &d.moved_rows {
+            let text = format!(
+                "{}: {} keeps both rows of an id collision; {moved} rows have another id than they were given",
+                clean(&d.name),
+                clean(table)
+            );
+            lines.add_row(["both rows".to_owned(), text]);
+        }
         if let Some(v) = &d.verified {
             lines.add_row(["verified".to_owned(), format!("{}: {}", clean(&d.name), clean(&verified(v)))]);
         }

@@ -8,5 +8,6 @@ mod crash;
 mod join;
 mod power;
 mod rebuild;
+mod rekey;
 mod shapes;
 mod whole;

@@ -451,3 +451,34 @@ fn what_a_moved_row_lost_is_restored_to_it_and_not_to_whoever_has_its_id() {
         &format!("ann{after},bob-,x-"),
     );
 }
+
+/// README tells the figure: a REPLACE is another row, and the one before leaves a tombstone.
+#[test]
+fn a_row_that_is_replaced_again_and_again_costs_a_tombstone_each_time_and_an_upsert_none() {
+    let size = |s: &Site| -> i64 {
+        s.text("SELECT (SELECT page_count FROM pragma_page_count) * (SELECT page_size FROM pragma_page_size)")
+            .parse()
+            .unwrap()
+    };
+    let rounds = 5_000;
+    let mut grown = |test: &str, statement: &str| {
+        let mut s = site(test, 1, SCHEMA, SchemaMode::Replicate);
+        for i in 0..100 {
+            s.run(&format!("INSERT INTO orders VALUES({i}, 'x', 0)"));
+        }
+        s.settle(START_MS);
+        let before = size(&s);
+        for i in 0..rounds {
+            s.run(&statement.replace("ID", &(i % 100).to_string()));
+            s.settle(START_MS);
+            s.commits.clear();
+        }
+        (size(&s) - before) / rounds
+    };
+    let replaced = grown("replaced", "INSERT OR REPLACE INTO orders VALUES(ID, 'x', 1)");
+    let upsert = "INSERT INTO orders VALUES(ID, 'x', 1) ON CONFLICT DO UPDATE SET state = state + 1";
+    let updated = grown("updated", upsert);
+    println!("a REPLACE costs {replaced} bytes of the file, an upsert {updated}");
+    assert!((40..200).contains(&replaced), "{replaced}");
+    assert!(updated < 5, "{updated}");
+}
