@@ -68,7 +68,7 @@ fn two_nodes_that_were_cut_off_keep_both_rows_and_all_their_children() {
     wait_equal(&[&a, &b, &c], "app.db");
     assert_eq!(a.text("app.db", "SELECT state FROM orders WHERE who = 'ann'"), "paid");
     assert_eq!(a.text("app.db", TREE), tree.replace(" ann>b of ann", ""));
-    let verified = a.run(&["verify", "app.db"]);
+    let verified = a.run(&["verify", "app"]);
     assert!(verified.status.success(), "{}", String::from_utf8_lossy(&verified.stderr));
     // Changed past litemesh on one node, under an id that no program gave out: found, and made right from another.
     let moved = "UPDATE orders SET state = 'forged' WHERE who = 'ann'; UPDATE line SET ord = 1 WHERE what = 'a of ann';";
@@ -76,10 +76,10 @@ fn two_nodes_that_were_cut_off_keep_both_rows_and_all_their_children() {
     conn.set_db_config(rusqlite::config::DbConfig::SQLITE_DBCONFIG_ENABLE_TRIGGER, false).unwrap();
     conn.execute_batch(moved).unwrap();
     drop(conn);
-    let found = a.run(&["verify", "app.db"]);
+    let found = a.run(&["verify", "app"]);
     let text = String::from_utf8_lossy(&found.stdout).into_owned();
     assert!(!found.status.success() && text.contains("orders") && text.contains("line"), "{text}");
-    let repaired = a.run(&["repair", "app.db", "--from", "a"]);
+    let repaired = a.run(&["repair", "app", "--from", "a"]);
     assert!(repaired.status.success(), "{}", String::from_utf8_lossy(&repaired.stderr));
     a.sync();
     wait_equal(&[&a, &b, &c], "app.db");
