@@ -461,7 +461,7 @@ fn a_row_that_is_replaced_again_and_again_costs_a_tombstone_each_time_and_an_ups
             .unwrap()
     };
     let rounds = 5_000;
-    let mut grown = |test: &str, statement: &str| {
+    let grown = |test: &str, statement: &str| {
         let mut s = site(test, 1, SCHEMA, SchemaMode::Replicate);
         for i in 0..100 {
             s.run(&format!("INSERT INTO orders VALUES({i}, 'x', 0)"));
