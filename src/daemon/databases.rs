@@ -22,6 +22,7 @@ use crate::fabric::link::Outgoing;
 use crate::replica::clock::steady_ms;
 use crate::replica::conflict::Retention;
 use crate::replica::engine::Engine;
+use crate::replica::mark::Mark;
 use crate::replica::merging::Merging;
 use crate::replica::store::Store;
 use crate::replica::watch::FileWatch;
@@ -141,8 +142,10 @@ impl Starter<'_> {
             age_ms: u64::try_from(self.config.conflicts_age.as_millis()).unwrap_or(u64::MAX),
             count: self.config.conflicts_max,
         });
-        let (worker, handle) =
+        let (mut worker, handle) =
             Worker::new(name.clone(), engine, self.outgoing.clone(), report, self.router.clocks());
+        let mark = self.state.mark(&name);
+        worker.keep_mark(Mark::open(&mark).with_context(|| format!("cannot write {}", mark.display()))?);
         let waker = handle.clone();
         let watch = FileWatch::new(&path, move || waker.wake())
             .with_context(|| format!("cannot watch {} for changes", path.display()))?;

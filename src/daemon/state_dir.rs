@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::core::names::DbName;
 use crate::core::version::SiteId;
 use crate::replica::adopt;
+use crate::replica::mark::{Mark, Position};
 use crate::replica::store::Store;
 
 /// The format of the state directory.
@@ -28,7 +29,7 @@ pub struct NodeState {
 struct Remembered {
     path: PathBuf,
     site: u64,
-    /// The last two tokens: the file has one of them, whenever we were killed.
+    /// The newest token; during a start the one before as well: the file has one of them, whenever we are killed.
     tokens: Vec<u64>,
 }
 
@@ -74,6 +75,7 @@ impl NodeState {
             std::fs::remove_dir_all(&spool).with_context(|| format!("cannot empty {}", spool.display()))?;
         }
         std::fs::create_dir_all(&spool)?;
+        std::fs::create_dir_all(dir.join("marks"))?;
         Ok(state)
     }
 
@@ -102,6 +104,11 @@ impl NodeState {
         write_durably(&self.dir.join("databases.json"), &serde_json::to_vec_pretty(all)?)
     }
 
+    /// Where it is noted how far a file was.
+    pub fn mark(&self, name: &DbName) -> PathBuf {
+        self.dir.join("marks").join(name.as_str())
+    }
+
     /// Makes sure that an adopted file is the one that was here last, else makes it a new incarnation; returns
     /// whether that was needed. Rotates the token either way.
     pub fn claim(&self, name: &DbName, path: &Path, conn: &Connection) -> Result<bool> {
@@ -110,6 +117,9 @@ impl NodeState {
         let token = Store::meta::<i64>(conn, "token")?.map(|t| t as u64);
         let known = all.get(name);
         let same = known.is_some_and(|k| k.site == site && token.is_some_and(|t| k.tokens.contains(&t)));
+        // The token of a copy made since the last start is the newest: it is behind what the file was.
+        let here = Position::of(conn, SiteId(site))?;
+        let same = same && !Mark::read(&self.mark(name)).is_some_and(|mark| here.is_behind(&mark));
         // A file that has never been started has no token: it was made here just now.
         let fresh = token.is_none();
         let site = if same || fresh { site } else { new_site().0 };
@@ -142,6 +152,11 @@ impl NodeState {
     pub fn forget(&self, name: &DbName) -> Result<()> {
         let mut all = self.load()?;
         all.remove(name);
+        if let Err(e) = std::fs::remove_file(self.mark(name))
+            && e.kind() != std::io::ErrorKind::NotFound
+        {
+            return Err(e).with_context(|| format!("cannot remove {}", self.mark(name).display()));
+        }
         self.save(&all)
     }
 }
@@ -220,6 +235,24 @@ mod tests {
         assert!(!state.claim(&name, &path, &Connection::open(&path).unwrap()).unwrap(), "a restart");
         std::fs::copy(dir.path().join("copy.db"), &path).unwrap();
         assert!(state.claim(&name, &path, &Connection::open(&path).unwrap()).unwrap(), "the copy");
+    }
+
+    #[test]
+    fn a_copy_made_since_the_last_start_gets_a_new_site() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = NodeState::open(&dir.path().join("state")).unwrap();
+        let (name, path) = ("app".parse().unwrap(), dir.path().join("app.db"));
+        let conn = adopted(&path);
+        assert!(!state.claim(&name, &path, &conn).unwrap());
+        std::fs::copy(&path, dir.path().join("copy.db")).unwrap();
+        conn.execute_batch("UPDATE __litemesh_clock SET lsn = lsn + 1").unwrap();
+        let went_on = Position::of(&conn, SiteId(5)).unwrap();
+        Mark::open(&state.mark(&name)).unwrap().note(went_on).unwrap();
+        drop(conn);
+        std::fs::copy(dir.path().join("copy.db"), &path).unwrap();
+        let conn = Connection::open(&path).unwrap();
+        assert!(state.claim(&name, &path, &conn).unwrap(), "the copy");
+        assert!(!state.claim(&name, &path, &conn).unwrap(), "and then it is the file");
     }
 
     #[test]

@@ -17,6 +17,7 @@ pub mod engine;
 pub mod entry;
 pub mod identity;
 pub mod log_reading;
+pub mod mark;
 pub mod materialize;
 pub mod merging;
 pub mod page;

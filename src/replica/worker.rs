@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use super::ReplicaError;
 use super::clock::{SharedClocks, steady_ms};
 use super::engine::{Action, Engine};
+use super::mark::{Mark, Position};
 use super::send::{commit_pieces, message_pieces};
 use crate::core::message::{Fragment, Message};
 use crate::core::names::{DbName, NodeName};
@@ -114,6 +115,7 @@ pub struct Worker {
     outgoing: tokio::sync::mpsc::Sender<Outgoing>,
     report: Report,
     clocks: SharedClocks,
+    mark: Option<Mark>,
     trouble: Option<String>,
     gather_until: Option<Instant>,
 }
@@ -140,10 +142,16 @@ impl Worker {
             outgoing,
             report,
             clocks,
+            mark: None,
             trouble: None,
             gather_until: None,
         };
         (worker, handle)
+    }
+
+    /// Notes outside of the file how far it is, whenever it went on.
+    pub fn keep_mark(&mut self, mark: Mark) {
+        self.mark = Some(mark);
     }
 
     /// Works until it is stopped.
@@ -235,6 +243,11 @@ impl Worker {
     }
 
     fn perform(&mut self) -> Result<(), ReplicaError> {
+        let head = self.engine.store().head();
+        let position = Position { site: head.site, n: head.vector.n(head.site), lsn: head.lsn };
+        if let Some(mark) = &mut self.mark {
+            mark.note(position)?;
+        }
         for action in self.engine.take_actions() {
             let outgoing = &self.outgoing;
             // The receiver is gone only when the process is ending.

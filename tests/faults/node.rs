@@ -3,6 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread::JoinHandle;
@@ -306,6 +307,8 @@ impl Node {
 
     /// SIGTERM, and its exit; kill -9 after a long time, which is an error.
     pub fn stop(&mut self) -> Result<(), String> {
+        // Before it is ready the signal may meet a process that has only begun, and end it at once.
+        let was_ready = self.is_ready();
         let Some(mut child) = self.litemesh.take() else { return Ok(()) };
         let pid = child.id() as i32;
         signal(pid, Signal::CONT);
@@ -313,7 +316,8 @@ impl Node {
         let until = Instant::now() + Duration::from_secs(90);
         while Instant::now() < until {
             if let Some(status) = child.try_wait().expect("a child") {
-                return if status.success() {
+                let cut_short = !was_ready && status.signal() == Some(Signal::TERM.as_raw());
+                return if status.success() || cut_short {
                     Ok(())
                 } else {
                     Err(format!("{} ended with {status}", self.name))
