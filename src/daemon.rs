@@ -7,6 +7,7 @@ pub mod databases;
 pub mod divergence;
 pub mod joining;
 pub mod observe;
+pub mod recovery;
 pub mod repair;
 pub mod restamp;
 pub mod router;
@@ -42,6 +43,10 @@ use crate::status::http;
 
 /// Messages that may wait for our own nats-server: of at most half a MiB each, and workers wait when it is full.
 const OUTGOING: usize = 64;
+/// How often files that were replaced are looked for, and after how many times it is written down as which
+/// sites they go on.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+const NOTE_TURNS: u64 = 10;
 /// Messages that may wait to be looked at. The databases' own queues hold what is large.
 const INCOMING: usize = 1_024;
 
@@ -81,6 +86,7 @@ pub async fn run(config: Config, started: impl FnOnce(&Started)) -> Result<()> {
     tasks.spawn(observer.clone().run());
     keep_verifying(&config, &fabric, &router, &mut tasks);
     tasks.spawn(router.clone().keep_rechecking());
+    tasks.spawn(recovery::keep_catching_up(router.clone(), state.spool()));
     let (detach, detaching) = mpsc::channel(4);
     let (restamp, restamping) = mpsc::channel(4);
     let contact = Contact::publish(state.dir(), page)?;
@@ -191,8 +197,21 @@ async fn serve(
         starter.router.say_hello().await;
         observer.ready().await;
         started();
+        let (mut closed, mut look, mut turns) =
+            (recovery::Closed::new(), tokio::time::interval(LOOK_EVERY), 0u64);
         loop {
             tokio::select! {
+                _ = look.tick() => {
+                    turns += 1;
+                    if turns.is_multiple_of(NOTE_TURNS) {
+                        recovery::note_sites(starter, observer, running.keys());
+                    }
+                    let looking = recovery::look_after(starter, observer, &mut running, &mut closed);
+                    tokio::select! {
+                        result = looking => result?,
+                        () = signals.wait() => break,
+                    }
+                }
                 () = signals.wait() => break,
                 Some((ask, answer)) = detaching.recv() => {
                     let result = detach(starter, observer, &mut running, &ask.path).map_err(|e| format!("{e:#}"));
@@ -213,6 +232,7 @@ async fn serve(
     for (name, database) in running {
         starter.router.remove(&name);
         tokio::task::spawn_blocking(move || database.stop()).await?;
+        recovery::note_sites(starter, observer, [&name].into_iter());
     }
     result
 }

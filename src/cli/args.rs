@@ -210,6 +210,20 @@ pub struct UpArgs {
     /// How many of them are kept, of each database [default: 10000].
     #[arg(long, value_name = "COUNT")]
     pub conflicts_max: Option<String>,
+    /// How long deletes are remembered after all nodes have them [default: 24h].
+    #[arg(long, value_name = "TIME")]
+    pub tombstones_age: Option<String>,
+    /// How long a node may be away before deletes are forgotten without it [default: 7d].
+    ///
+    /// A node that comes back later fetches a copy of a peer's file, and what was written on it meanwhile goes on top.
+    #[arg(long, value_name = "TIME")]
+    pub absent_age: Option<String>,
+    /// Unite a file that was never in the mesh and has other rows with the mesh's, by key.
+    ///
+    /// Its rows become rows of the mesh; where both have one under a key, the mesh's stays and the other is kept as a
+    /// conflict.
+    #[arg(long)]
+    pub merge: bool,
     /// What to log: error, warn, info, debug, trace, or filters of single modules [default:
     /// info,nats=warn,async_nats=warn].
     #[arg(long, value_name = "LEVEL")]
@@ -267,6 +281,9 @@ impl UpArgs {
             rekey: list(&self.rekey),
             conflicts_age: self.conflicts_age.clone(),
             conflicts_max: self.conflicts_max.clone().map(Number::Text),
+            tombstones_age: self.tombstones_age.clone(),
+            absent_age: self.absent_age.clone(),
+            merge: self.merge.then_some(true),
             log: self.log.clone(),
         }
     }

@@ -33,6 +33,9 @@ pub const KEYS: &[&str] = &[
     "rekey",
     "conflicts_age",
     "conflicts_max",
+    "tombstones_age",
+    "absent_age",
+    "merge",
     "log",
 ];
 
@@ -84,6 +87,12 @@ pub struct Raw {
     pub conflicts_age: Option<String>,
     /// How many of them.
     pub conflicts_max: Option<Number>,
+    /// How long deletes are remembered after all have them.
+    pub tombstones_age: Option<String>,
+    /// How long a node may be away before nobody waits for it.
+    pub absent_age: Option<String>,
+    /// Whether a file that differs from the mesh's is united with it by key.
+    pub merge: Option<bool>,
     /// What to log.
     pub log: Option<String>,
 }
@@ -192,6 +201,9 @@ impl Raw {
             "max_skew" => self.max_skew = text(),
             "conflicts_age" => self.conflicts_age = text(),
             "conflicts_max" => self.conflicts_max = text().map(Number::Text),
+            "tombstones_age" => self.tombstones_age = text(),
+            "absent_age" => self.absent_age = text(),
+            "merge" => self.merge = Some(!matches!(value.trim(), "0" | "false" | "no" | "off")),
             "log" => self.log = text(),
             _ => {}
         }
@@ -233,6 +245,9 @@ impl Raw {
             rekey: self.rekey.or(below.rekey),
             conflicts_age: self.conflicts_age.or(below.conflicts_age),
             conflicts_max: self.conflicts_max.or(below.conflicts_max),
+            tombstones_age: self.tombstones_age.or(below.tombstones_age),
+            absent_age: self.absent_age.or(below.absent_age),
+            merge: self.merge.or(below.merge),
             log: self.log.or(below.log),
         }
     }

@@ -107,8 +107,9 @@ fn every_key_can_be_set_in_the_file_and_in_the_environment() {
         "journal" => "'keep'",
         "verify_every" => "'1h'",
         "max_skew" => "'60s'",
-        "conflicts_age" => "'30d'",
+        "conflicts_age" | "tombstones_age" | "absent_age" => "'30d'",
         "conflicts_max" => "7",
+        "merge" => "true",
         "schema" => "'manual'",
         "log" => "'warn,litemesh=debug'",
         _ => "'word'",
@@ -126,6 +127,7 @@ fn every_key_can_be_set_in_the_file_and_in_the_environment() {
         assert!(raw.advertise.is_some() && raw.journal.is_some() && raw.schema.is_some());
         assert!(raw.rekey.is_some() && raw.whole_row.is_some() && raw.by_column.is_some());
         assert!(raw.conflicts_age.is_some() && raw.conflicts_max.is_some());
+        assert!(raw.tombstones_age.is_some() && raw.absent_age.is_some() && raw.merge == Some(true));
     }
     let config = load(of_file, None, &around(&[])).unwrap();
     assert_eq!(config.advertise.unwrap().to_string(), "[::1]:7");

@@ -34,6 +34,11 @@ pub const DEFAULT_CONFLICTS_AGE: &str = "90d";
 /// How many of them by default.
 pub const DEFAULT_CONFLICTS_MAX: &str = "10000";
 
+/// How long deletes are remembered after all nodes have them, by default.
+pub const DEFAULT_TOMBSTONES_AGE: &str = "24h";
+/// How long a node may be away before nobody waits for it, by default.
+pub const DEFAULT_ABSENT_AGE: &str = "7d";
+
 /// A SQLite file to replicate.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DatabaseSpec {
@@ -164,6 +169,12 @@ pub struct Config {
     pub conflicts_age: Duration,
     /// How many of them, of each database.
     pub conflicts_max: u64,
+    /// How long deletes are remembered after all nodes have them.
+    pub tombstones_age: Duration,
+    /// How long a node may be away before deletes are forgotten without it.
+    pub absent_age: Duration,
+    /// Whether a file that was never in the mesh and differs from it is united with it by key.
+    pub merge: bool,
     /// A filter for the log, in the syntax of `tracing_subscriber::EnvFilter`.
     pub log: String,
 }
@@ -204,15 +215,18 @@ pub fn validate(raw: Raw, around: &Surroundings) -> Result<Config, ConfigError> 
         },
         whole_row: TableGlobs(globs("whole_row", raw.whole_row)?),
         by_column: TableGlobs(globs("by_column", raw.by_column)?),
-        conflicts_age: conflicts_age(raw.conflicts_age.as_deref())?,
+        conflicts_age: age("conflicts_age", raw.conflicts_age.as_deref(), DEFAULT_CONFLICTS_AGE)?,
         conflicts_max: conflicts_max(raw.conflicts_max)?,
+        tombstones_age: age("tombstones_age", raw.tombstones_age.as_deref(), DEFAULT_TOMBSTONES_AGE)?,
+        merge: raw.merge.unwrap_or(false),
+        absent_age: age("absent_age", raw.absent_age.as_deref(), DEFAULT_ABSENT_AGE)?,
         log: log(raw.log)?,
     })
 }
 
-fn conflicts_age(given: Option<&str>) -> Result<Duration, ConfigError> {
-    let text = given.unwrap_or(DEFAULT_CONFLICTS_AGE);
-    parse_duration(text).map_err(|why| ConfigError::value("conflicts_age", text, why))
+fn age(option: &'static str, given: Option<&str>, default: &str) -> Result<Duration, ConfigError> {
+    let text = given.unwrap_or(default);
+    parse_duration(text).map_err(|why| ConfigError::value(option, text, why))
 }
 
 fn conflicts_max(given: Option<Number>) -> Result<u64, ConfigError> {

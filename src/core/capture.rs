@@ -42,6 +42,8 @@ CREATE TABLE IF NOT EXISTS __litemesh_option(tbl TEXT NOT NULL, what TEXT NOT NU
 CREATE TABLE IF NOT EXISTS __litemesh_schema(kind TEXT NOT NULL, tbl TEXT NOT NULL, name TEXT NOT NULL,
   gen INTEGER NOT NULL, gone INTEGER NOT NULL, pos INTEGER NOT NULL, def TEXT NOT NULL, moved TEXT, owner TEXT,
   PRIMARY KEY(kind, tbl, name)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS __litemesh_member(node TEXT PRIMARY KEY NOT NULL, vector BLOB NOT NULL,
+  heard_ms INTEGER NOT NULL) WITHOUT ROWID;
 ";
 /// Indexes of those.
 pub const INDEXES: &str = "
@@ -75,7 +77,10 @@ pub fn create_state_table(table: &Table) -> String {
     } else {
         format!("(k0 INTEGER PRIMARY KEY, {rest})")
     };
-    format!("CREATE TABLE IF NOT EXISTS {name}{body};\nCREATE INDEX IF NOT EXISTS {name}_lsn ON {name}(lsn);")
+    format!(
+        "CREATE TABLE IF NOT EXISTS {name}{body};\nCREATE INDEX IF NOT EXISTS {name}_lsn ON {name}(lsn);\n\
+         CREATE INDEX IF NOT EXISTS {name}_dead ON {name}(lsn) WHERE dh IS NOT NULL;"
+    )
 }
 
 /// The triggers of one table: name and text.

@@ -6,7 +6,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::frame::WireError;
-use super::names::DbName;
+use super::names::{DbName, NodeName};
 use super::vector::Vector;
 use super::verify::VerifyMessage;
 use super::version::{Hlc, SiteId};
@@ -121,6 +121,12 @@ pub struct Holding {
     pub lsn: u64,
     /// Whether the sender wants to hear the same of the others.
     pub answer: bool,
+    /// What the sender has forgotten deletes of: it has no rows for whoever holds less.
+    pub collected: Vector,
+    /// Nodes that got a copy of the sender's file and were not heard since, with what the copy held.
+    pub joining: Vec<(NodeName, Vector)>,
+    /// Sites that the sender's file has left because they had forked.
+    pub left: Vec<SiteId>,
 }
 
 /// Asks for the rows that changed at the addressee.

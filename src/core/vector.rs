@@ -57,6 +57,24 @@ impl Vector {
         }
     }
 
+    /// The latest clock in it.
+    pub fn latest(&self) -> Hlc {
+        self.0.values().map(|p| p.hlc).max().unwrap_or_default()
+    }
+
+    /// Element-wise minimum.
+    pub fn limit(&mut self, other: &Vector) {
+        self.0.retain(|site, point| match other.0.get(site) {
+            Some(limit) => {
+                if limit.n < point.n {
+                    *point = *limit;
+                }
+                true
+            }
+            None => false,
+        });
+    }
+
     /// A site whose number is the same in both, with different commits: a file was copied or went back.
     pub fn fork_with(&self, other: &Vector) -> Option<SiteId> {
         other.0.iter().find_map(|(site, theirs)| {
@@ -82,6 +100,13 @@ mod tests {
         assert_eq!(a, vector(&[(1, 5), (2, 4), (3, 1)]));
         assert!(a.includes(&vector(&[(1, 5)])));
         assert_eq!(a.first_missing(&vector(&[(1, 5), (3, 2)])), Some((SiteId(3), 1)));
+    }
+
+    #[test]
+    fn limiting_takes_the_minimum_of_each_site() {
+        let mut a = vector(&[(1, 5), (2, 1), (3, 4)]);
+        a.limit(&vector(&[(1, 3), (2, 4), (4, 9)]));
+        assert_eq!(a, vector(&[(1, 3), (2, 1)]));
     }
 
     #[test]

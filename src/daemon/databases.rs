@@ -19,15 +19,17 @@ use crate::core::names::DbName;
 use crate::core::sqltext::ident;
 use crate::core::version::SiteId;
 use crate::fabric::link::Outgoing;
-use crate::replica::clock::steady_ms;
+use crate::replica::clock::{steady_ms, wall_clock_ms};
 use crate::replica::conflict::Retention;
 use crate::replica::engine::Engine;
+use crate::replica::forget::Forgetting;
+use crate::replica::joined::Joined;
 use crate::replica::mark::Mark;
 use crate::replica::merging::Merging;
 use crate::replica::store::Store;
 use crate::replica::watch::FileWatch;
 use crate::replica::worker::{Report, Worker, WorkerHandle};
-use crate::replica::{adopt, copy};
+use crate::replica::{adopt, copy, events};
 use crate::sqlite::{self, OpenError, introspect};
 
 /// How long a node waits for others before it takes them to be away.
@@ -131,6 +133,11 @@ impl Starter<'_> {
             None => lock_database(&path)?,
         };
         let mut store = self.open(&name, &path)?;
+        let joined = store.unite_kept()?;
+        if joined != Joined::default() {
+            let Joined { rows, conflicts } = joined;
+            info!(db = %name, "{rows} rows of this file are rows of the mesh now, {conflicts} are kept as conflicts");
+        }
         let (whole, columns) = (self.config.whole_row.clone(), self.config.by_column.clone());
         store.set_merging(Merging {
             whole_row: Box::new(move |t| whole.covers(t)),
@@ -141,6 +148,12 @@ impl Starter<'_> {
         engine.keep_conflicts(Retention {
             age_ms: u64::try_from(self.config.conflicts_age.as_millis()).unwrap_or(u64::MAX),
             count: self.config.conflicts_max,
+        });
+        let in_ms = |age: Duration| u64::try_from(age.as_millis()).unwrap_or(u64::MAX);
+        engine.remember(Forgetting {
+            me: Some(self.config.name.clone()),
+            age_ms: in_ms(self.config.tombstones_age),
+            absent_ms: in_ms(self.config.absent_age),
         });
         let (mut worker, handle) =
             Worker::new(name.clone(), engine, self.outgoing.clone(), report, self.router.clocks());
@@ -166,6 +179,11 @@ impl Starter<'_> {
                 "{} is a copy, was restored, or was last used with another state directory: it goes on as a new site",
                 path.display()
             );
+            let told = "the file was restored, copied or replaced: it goes on as a new site; what the mesh has and it lacks \
+                        comes back, and what only it has goes to the others";
+            conn.execute_batch("BEGIN IMMEDIATE")?;
+            events::note(&conn, wall_clock_ms(), told.to_owned())?;
+            conn.execute_batch("COMMIT")?;
         }
         drop(conn);
         let tables = self.config.tables.clone();
@@ -262,7 +280,8 @@ impl Starter<'_> {
             fetch_copy(self.router, peer, &found.spec.name, &copy).await?;
             let (copy, exists) = (copy.clone(), found.lock.is_some());
             let dest = path.clone();
-            tokio::task::spawn_blocking(move || take_in(&copy, &dest, exists, new_site())).await?
+            let merge = self.config.merge;
+            tokio::task::spawn_blocking(move || take_in(&copy, &dest, exists, new_site(), merge)).await?
         }
         .await;
         remove_copy(&copy);
@@ -272,10 +291,10 @@ impl Starter<'_> {
     }
 }
 
-fn take_in(fetched: &Path, dest: &Path, exists: bool, site: SiteId) -> Result<()> {
+fn take_in(fetched: &Path, dest: &Path, exists: bool, site: SiteId, merge: bool) -> Result<()> {
     if exists {
         let conn = sqlite::open_replica(dest)?;
-        copy::import_copy(&conn, fetched, site)?;
+        copy::import_copy(&conn, fetched, site, merge)?;
     } else {
         copy::install_copy(fetched, dest, site)?;
     }
@@ -283,7 +302,7 @@ fn take_in(fetched: &Path, dest: &Path, exists: bool, site: SiteId) -> Result<()
 }
 
 /// Removes what is left of a fetched copy.
-fn remove_copy(copy: &Path) {
+pub(super) fn remove_copy(copy: &Path) {
     for suffix in ["", "-wal", "-shm", "-journal"] {
         let mut name = copy.to_owned().into_os_string();
         name.push(suffix);

@@ -14,14 +14,18 @@ use super::router::Router;
 use crate::config::Config;
 use crate::core::names::DbName;
 use crate::core::verify::Outcome;
+use crate::core::version::SiteId;
 use crate::fabric::Fabric;
 use crate::replica::clock::steady_ms;
 use crate::replica::conflict::ConflictCounts;
 use crate::replica::engine::{Engine, Peer};
+use crate::replica::events::Event;
+use crate::replica::store::Store;
 use crate::replica::worker::Report;
 use crate::status::StatusHandle;
 use crate::status::model::{
-    CatchingUp, DatabasePeer, DatabaseState, DatabaseStatus, FabricStatus, PeerStatus, Status, Verified,
+    CatchingUp, DatabasePeer, DatabaseState, DatabaseStatus, FabricStatus, FileEvent, PeerStatus, Status,
+    Verified,
 };
 
 /// How often the whole is put together.
@@ -117,6 +121,25 @@ impl Observer {
             let status = describe(&name, &path, engine, trouble, rows, conflicts.1);
             reports.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone(), status);
         })
+    }
+
+    /// As which site a database's file goes on.
+    pub fn site(&self, name: &DbName) -> Option<SiteId> {
+        let reports = self.0.reports.lock().unwrap_or_else(PoisonError::into_inner);
+        u64::from_str_radix(&reports.get(name)?.site, 16).ok().map(SiteId)
+    }
+
+    /// A database cannot be opened again.
+    pub fn fail(&self, name: &DbName, path: &Path, why: String) {
+        let mut reports = self.0.reports.lock().unwrap_or_else(PoisonError::into_inner);
+        let failed = DatabaseStatus {
+            name: name.to_string(),
+            path: path.display().to_string(),
+            state: DatabaseState::Error,
+            stopped: vec![why],
+            ..DatabaseStatus::default()
+        };
+        reports.insert(name.clone(), failed);
     }
 
     /// A database is gone.
@@ -308,6 +331,8 @@ fn describe(
         whole_row_tables: store.whole_row_tables().unwrap_or_default(),
         moved_rows: store.kept_both().unwrap_or_default().into_iter().collect(),
         conflicts_pruned: counters.conflicts_pruned,
+        deletes_forgotten: engine.collected_rows(),
+        events: file_events(store),
         null_key_rows: store.null_keys(),
         state_rows,
         clock_ahead_s: clock_ahead_s(engine, now_ms),
@@ -333,6 +358,16 @@ fn catching_up(engine: &Engine, now_ms: u64) -> Option<CatchingUp> {
         bytes: c.bytes,
         bytes_per_s: rate(c.bytes),
     })
+}
+
+fn file_events(store: &Store) -> Vec<FileEvent> {
+    let all = store.events().unwrap_or_default().into_iter();
+    let at = |ms: u64| OffsetDateTime::from_unix_timestamp((ms / 1_000) as i64).ok();
+    let event = |e: Event| FileEvent {
+        at: at(e.at_ms).and_then(|t| t.format(&Rfc3339).ok()).unwrap_or_default(),
+        what: e.what,
+    };
+    all.map(event).collect()
 }
 
 /// How far the file's clock is ahead of the mesh's, if that is further than other nodes follow.

@@ -13,6 +13,7 @@ use tracing::{info, warn};
 use super::router::Router;
 use crate::core::message::{CopyPart, CopyRequest, Message};
 use crate::core::names::NodeName;
+use crate::replica::clock::steady_ms;
 use crate::replica::copy::write_copy;
 
 /// The size of a part.
@@ -85,9 +86,12 @@ impl Copies {
         let copy = (rand::random::<u64>() >> 1).max(1);
         let path = self.spool.join(format!("copy-{copy}.db"));
         let dest = path.clone();
+        let joiner = to.clone();
         info!(db = %ask.db, node = %to, "makes a copy for a node that joins");
         let made = tokio::task::spawn_blocking(move || {
-            let reader = worker.call(|engine| engine.snapshot()).ok_or("the database is being detached")?;
+            let reader = worker
+                .call(move |engine| engine.snapshot_for(&joiner, steady_ms()))
+                .ok_or("the database is being detached")?;
             let reader = reader.map_err(|e| format!("no copy can be made: {e}"))?;
             write_copy(&reader, &dest).map_err(|e| format!("no copy can be made: {e}"))
         });

@@ -139,11 +139,21 @@ impl NodeState {
         Ok(!same && !fresh)
     }
 
+    /// The file that is found there next is another one, whatever it says.
+    pub fn distrust(&self, name: &DbName) -> Result<()> {
+        let mut all = self.load()?;
+        if let Some(known) = all.get_mut(name) {
+            known.tokens.clear();
+        }
+        self.save(&all)
+    }
+
     /// Notes that a file goes on as another site. Without that it would become yet another at the next start.
     pub fn note_site(&self, name: &DbName, site: SiteId) -> Result<()> {
         let mut all = self.load()?;
-        if let Some(known) = all.get_mut(name) {
-            known.site = site.0;
+        match all.get_mut(name) {
+            Some(known) if known.site != site.0 => known.site = site.0,
+            _ => return Ok(()),
         }
         self.save(&all)
     }

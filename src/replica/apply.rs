@@ -15,7 +15,7 @@ use super::rekey::{self, Link};
 use super::schema::{Kind as ObjectKind, ObjectKey, Recorded, recorded_one};
 use super::store::Store;
 use super::{ReplicaError, Result};
-use crate::core::capture::{OPTIONS, PREFIX, SCHEMA};
+use crate::core::capture::{OP_INSERT, OPTIONS, PREFIX, SCHEMA};
 use crate::core::conflict::{displaced, losses};
 use crate::core::frame::{Frame, RowBuffer, Section, WireError};
 use crate::core::merge::{Row, RowState, merge};
@@ -93,6 +93,26 @@ impl Store {
     pub(super) fn apply_pages(&mut self, pages: &mut Body, held: &Vector) -> Result<()> {
         pages.rewind()?;
         self.apply_blocks(pages, Source::Pages, &|v| held.covers(v))?;
+        self.hold_all(held)
+    }
+
+    /// The same with a whole file's rows; `before_rows` is called when the schema is as it is there.
+    pub(super) fn apply_file(
+        &mut self,
+        rows: &mut Body,
+        held: &Vector,
+        before_rows: impl FnOnce(&mut Self) -> Result<()>,
+    ) -> Result<()> {
+        rows.rewind()?;
+        let they_saw = |v| held.covers(v);
+        self.apply_schema_blocks(rows, Source::Pages, &they_saw)?;
+        before_rows(self)?;
+        rows.rewind()?;
+        self.apply_row_blocks(rows, &they_saw)?;
+        self.hold_all(held)
+    }
+
+    fn hold_all(&mut self, held: &Vector) -> Result<()> {
         for (site, point) in &held.0 {
             self.head.hlc = self.head.hlc.max(point.hlc);
             self.raise(*site, *point)?;
@@ -107,8 +127,19 @@ impl Store {
         source: Source,
         they_saw: &dyn Fn(Version) -> bool,
     ) -> Result<u64> {
-        let (mut deferred, mut rows, mut changed) = (Vec::new(), 0, false);
-        let (start, mut dead) = (body.position()?, None);
+        let start = body.position()?;
+        let rows = self.apply_schema_blocks(body, source, they_saw)?;
+        body.seek(start)?;
+        Ok(rows + self.apply_row_blocks(body, they_saw)?)
+    }
+
+    fn apply_schema_blocks(
+        &mut self,
+        body: &mut Body,
+        source: Source,
+        they_saw: &dyn Fn(Version) -> bool,
+    ) -> Result<u64> {
+        let (mut rows, mut changed, mut dead) = (0, false, None);
         while let Some(block) = body.next_block()? {
             if Frame::is_of_schema(&block) {
                 if dead.is_none() {
@@ -125,7 +156,11 @@ impl Store {
             self.follow_schema()?;
             self.recall_revived(&dead.unwrap_or_default())?;
         }
-        body.seek(start)?;
+        Ok(rows)
+    }
+
+    fn apply_row_blocks(&mut self, body: &mut Body, they_saw: &dyn Fn(Version) -> bool) -> Result<u64> {
+        let (mut deferred, mut rows) = (Vec::new(), 0);
         while let Some(block) = body.next_block()? {
             if !Frame::is_of_schema(&block) {
                 for section in Frame::open(&block)?.sections()? {
@@ -246,7 +281,7 @@ impl Store {
         }
         let watched = target.as_ref().map_or(Ok(Vec::new()), |t| self.watched(&t.plan))?;
         let whole = target.as_ref().is_some_and(|t| t.places.iter().all(Option::is_some));
-        let (mut row, mut rows) = (RowBuffer::default(), 0);
+        let (mut row, mut rows, collected) = (RowBuffer::default(), 0, self.head.collected.latest());
         while let Some(versions) = section.next_row(&mut row)? {
             rows += 1;
             let Some(target) = &mut target else { continue };
@@ -262,6 +297,8 @@ impl Store {
                 self.touch_child(&target.plan, &watched, &row.key, value)?;
             }
             let fresh = whole && versions.1.is_none() && row.columns.is_empty() && row.refs.is_empty();
+            // What was deleted here and forgotten is not known here, and is not fresh.
+            let fresh = fresh && versions.0.hlc > collected;
             if fresh && self.insert_fresh(target, versions.0, &row)? {
                 continue;
             }
@@ -362,6 +399,7 @@ impl Store {
                 }
                 merge(ours, theirs)
             }
+            None if self.is_forgotten(theirs) => return self.drop_forgotten(plan, key, theirs),
             None => theirs.clone(),
         };
         if ours.as_ref() == Some(&merged) && present == merged.state.dead.is_none() {
@@ -369,6 +407,10 @@ impl Store {
         }
         let lsn = self.next_lsn();
         self.sites.put(&self.conn, plan, key, &merged.state, lsn)?;
+        if ours.is_none() && self.is_late(plan, theirs) {
+            let key: Vec<Value> = key.iter().map(|k| k.to_value()).collect();
+            self.log_own(plan, &key, OP_INSERT, &[])?;
+        }
         let ours = ours.as_ref().filter(|_| present);
         match self.write_row(plan, key, ours, &merged) {
             Err(ReplicaError::Sqlite(e)) if is_unique_violation(&e) => {

@@ -10,6 +10,7 @@ use rusqlite::backup::{Backup, StepResult};
 
 use super::absorb::OwnCommit;
 use super::adopt::{become_site, place_temp_triggers};
+use super::joined::{OURS, keep_rows};
 use super::store::Store;
 use super::{ReplicaError, Result};
 use crate::core::capture::{PREFIX, TABLES};
@@ -111,17 +112,18 @@ pub fn take_identity(conn: &Connection, source: SiteId, site: SiteId) -> Result<
 }
 
 /// Takes a fetched copy into an existing file that never belonged to a mesh: tables that are empty here get its rows,
-/// tables that have the same rows stay as they are; anything else is refused, and the file is as before.
-pub fn import_copy(conn: &Connection, copy: &Path, site: SiteId) -> Result<()> {
+/// tables that have the same rows stay as they are; of others the rows are laid aside, for `Store::unite_kept` to unite
+/// them with the copy's, or the file is refused and is as before.
+pub fn import_copy(conn: &Connection, copy: &Path, site: SiteId, merge: bool) -> Result<()> {
     conn.execute("ATTACH ?1 AS joined", [copy.to_string_lossy()])?;
     conn.execute_batch("BEGIN IMMEDIATE")?;
-    let result = import(conn, site);
+    let result = import(conn, site, merge);
     conn.execute_batch(if result.is_ok() { "COMMIT" } else { "ROLLBACK" })?;
     conn.execute_batch("DETACH joined")?;
     result
 }
 
-fn import(conn: &Connection, site: SiteId) -> Result<()> {
+fn import(conn: &Connection, site: SiteId, merge: bool) -> Result<()> {
     let theirs = {
         let path: String =
             conn.query_row("SELECT file FROM pragma_database_list WHERE name = 'joined'", [], |r| r.get(0))?;
@@ -132,6 +134,7 @@ fn import(conn: &Connection, site: SiteId) -> Result<()> {
     let ours = introspect::read(conn)?;
     let replicated: BTreeSet<String> = theirs.tables.iter().map(|t| t.name.to_lowercase()).collect();
     place_temp_triggers(conn, &ours, &replicated)?;
+    let mut kept = Vec::new();
     for table in &theirs.tables {
         let here = ours.tables.iter().find(|t| t.name.eq_ignore_ascii_case(&table.name));
         let here = here.ok_or_else(|| ReplicaError::NoTable(table.name.clone()))?;
@@ -141,10 +144,18 @@ fn import(conn: &Connection, site: SiteId) -> Result<()> {
         if empty {
             copy_rows(conn, table)?;
         } else if before.tables.iter().any(|t| t.name.eq_ignore_ascii_case(&table.name)) {
-            same_rows(conn, table)?;
+            match same_rows(conn, table) {
+                Err(ReplicaError::Unfit(_)) if merge => {
+                    kept.push(table.name.clone());
+                    keep_rows(conn, here, kept.len())?;
+                    copy_rows(conn, table)?;
+                }
+                result => result?,
+            }
         }
     }
     copy_ours(conn)?;
+    Store::set_meta(conn, OURS, serde_json::json!(kept).to_string())?;
     let source: i64 = Store::meta(conn, "site")?.unwrap_or_default();
     Store::set_meta(conn, "adopted", 0)?;
     take_identity(conn, SiteId(source as u64), site)
@@ -204,7 +215,8 @@ fn same_rows(conn: &Connection, table: &Table) -> Result<()> {
     }
     Err(ReplicaError::Unfit(format!(
         "the file has rows of its own: table {:?} has {here} rows that the mesh does not have, and lacks {there} of the \
-         mesh's; move the file away to get the mesh's copy, and put its rows back as ordinary writes; nothing was changed",
+         mesh's; start with --merge to unite them by key, or move the file away to get the mesh's copy, and put its rows back \
+         as ordinary writes; nothing was changed",
         table.name
     )))
 }

@@ -9,6 +9,7 @@ use super::apply::PeerCommit;
 use super::assemble::Assembler;
 use super::body::Body;
 use super::conflict::Retention;
+use super::forget::Members;
 use super::log_reading::LogReading;
 use super::progress::CatchUp;
 use super::store::Store;
@@ -75,7 +76,7 @@ pub struct Peer {
 }
 
 /// Rows that are being fetched from a peer.
-struct Sync {
+pub(super) struct Sync {
     peer: NodeName,
     /// The incarnation of its file that was asked: the cursor is in that file's numbers.
     site: SiteId,
@@ -112,10 +113,10 @@ pub struct Engine {
     pub(super) feeds: BTreeMap<SiteId, Feed>,
     assembler: Assembler,
     pub(super) peers: BTreeMap<NodeName, Peer>,
-    sync: Option<Sync>,
+    pub(super) sync: Option<Sync>,
     pub(super) logs: LogReading,
-    sync_error: Option<(String, u64)>,
-    hole_since_ms: Option<u64>,
+    pub(super) sync_error: Option<(String, u64)>,
+    pub(super) hole_since_ms: Option<u64>,
     pub(super) catch_up: Option<CatchUp>,
     announced: (Vector, u64),
     pub(super) next_request: u64,
@@ -124,6 +125,7 @@ pub struct Engine {
     pub(super) clocks: Judgement,
     retention: Retention,
     pruned_ms: u64,
+    pub(super) members: Members,
 }
 
 impl Engine {
@@ -147,6 +149,7 @@ impl Engine {
             clocks: Judgement::alone(MAX_SKEW_MS),
             retention: Retention::default(),
             pruned_ms: 0,
+            members: Members::default(),
         }
     }
 
@@ -307,6 +310,8 @@ impl Engine {
             self.refuse(&what);
             return Ok(());
         }
+        self.check_own_feed(from, &holding, now_ms)?;
+        let head = self.store.head();
         if let Some(site) = head.vector.fork_with(&holding.vector) {
             let what = format!(
                 "node {from} has another history of site {site}: a file of it was copied or went back"
@@ -320,6 +325,7 @@ impl Engine {
         }
         self.store.note_peer(&holding)?;
         self.store.name_site(holding.site, from.as_str())?;
+        self.hear_member(from, &holding, now_ms);
         self.peers.insert(from.clone(), Peer { holding, heard_ms: now_ms });
         Ok(())
     }
@@ -328,6 +334,10 @@ impl Engine {
         let request = ask.request;
         if ask.lineage != self.store.head().lineage {
             let why = "this node's file is another database of the same name".to_owned();
+            self.actions.push(Action::Send(from.clone(), Message::Refused { request, why }));
+            return Ok(());
+        }
+        if let Err(why) = self.may_ask(ask) {
             self.actions.push(Action::Send(from.clone(), Message::Refused { request, why }));
             return Ok(());
         }
@@ -367,17 +377,7 @@ impl Engine {
         }
         match self.store.take_over(page.site, page.next_lsn as i64, &mut sync.pages, &held) {
             Ok(own) => {
-                self.counters.peer_syncs += 1;
-                self.sync_error = None;
-                self.hole_since_ms = None;
-                let vector = &self.store.head().vector;
-                for (site, feed) in &mut self.feeds {
-                    if feed.pending.values().all(|c| c.header.to <= vector.n(*site)) {
-                        feed.stopped = None;
-                        feed.schema_stopped = false;
-                    }
-                }
-                self.publish(own);
+                self.took_over(own);
                 Ok(())
             }
             Err(e) if e.is_passing() => Err(e),
@@ -388,7 +388,7 @@ impl Engine {
         }
     }
 
-    fn stop_sync(&mut self, why: String, now_ms: u64) {
+    pub(super) fn stop_sync(&mut self, why: String, now_ms: u64) {
         if self.sync_error.as_ref().is_none_or(|(old, _)| *old != why) {
             self.actions.push(Action::Warn(why.clone()));
         }
@@ -427,6 +427,7 @@ impl Engine {
         }
         self.absorb()?;
         self.prune(now_ms)?;
+        self.forget(now_ms)?;
         self.look_for_holes(now_ms)
     }
 
@@ -485,6 +486,7 @@ impl Engine {
             .collect();
         self.logs.expire(&missing, now_ms);
         if missing.is_empty() {
+            self.members.note_behind(None, now_ms);
             self.hole_since_ms = None;
             self.catch_up = None;
             return Ok(());
@@ -493,9 +495,14 @@ impl Engine {
         if now_ms < since + HOLE_GRACE_MS || self.reads_logs(&missing, now_ms)? {
             return Ok(());
         }
-        let lacking = |p: &Peer| p.holding.vector.0.iter().any(|entry| is_missing(&entry));
-        let candidate = self.peers.iter().filter(|(_, p)| lacking(p)).max_by_key(|(_, p)| p.heard_ms);
-        let Some((name, peer)) = candidate.map(|(n, p)| (n.clone(), p.holding.site)) else { return Ok(()) };
+        let lacks = |p: &Peer| p.holding.vector.0.iter().any(|entry| is_missing(&entry));
+        let lacking: Vec<_> = self.peers.iter().filter(|(_, p)| lacks(p)).collect();
+        let vector = &self.store.head().vector;
+        let able = lacking.iter().filter(|(_, p)| vector.includes(&p.holding.collected));
+        let candidate = able.max_by_key(|(_, p)| p.heard_ms).map(|(n, p)| ((*n).clone(), p.holding.site));
+        let unable = lacking.iter().max_by_key(|(_, p)| p.heard_ms).map(|(n, _)| (*n).clone());
+        self.members.note_behind(unable.filter(|_| candidate.is_none()), now_ms);
+        let Some((name, peer)) = candidate else { return Ok(()) };
         self.start_sync(name, peer, now_ms)
     }
 

@@ -15,7 +15,11 @@ pub mod copy;
 pub mod dates;
 pub mod engine;
 pub mod entry;
+pub mod events;
+pub mod forget;
+pub mod fork;
 pub mod identity;
+pub mod joined;
 pub mod log_reading;
 pub mod mark;
 pub mod materialize;
@@ -31,12 +35,14 @@ pub mod restamp;
 pub mod restore;
 pub mod review;
 pub mod rows;
+pub mod same_file;
 pub mod schema;
 pub mod send;
 pub mod shadow;
 pub mod store;
 pub mod turns;
 pub mod unique;
+pub mod unite;
 pub mod verify;
 pub mod watch;
 pub mod worker;
@@ -129,6 +135,9 @@ pub enum ReplicaError {
          table alike on all nodes; its rows wait until then"
     )]
     OtherRekey(String),
+    /// The file is not the one that was opened, or not as litemesh left it.
+    #[error("{0}")]
+    Replaced(String),
     /// The file belongs to something else.
     #[error("{0}")]
     Unfit(String),

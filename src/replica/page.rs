@@ -133,7 +133,12 @@ impl Store {
     }
 
     /// Reads the rows in a range of lsn that the asker lacks; with `bounded`, gives up when they are too many bytes.
-    fn read_range(&mut self, ask: &SyncRequest, range: (i64, i64), bounded: bool) -> Result<(Body, bool)> {
+    pub(super) fn read_range(
+        &mut self,
+        ask: &SyncRequest,
+        range: (i64, i64),
+        bounded: bool,
+    ) -> Result<(Body, bool)> {
         let mut body = Body::new(&self.spool_dir);
         let mut writer = RowWriter::new(Version::ZERO, &self.links);
         let mut whole = true;
@@ -160,7 +165,10 @@ impl Store {
     pub fn holding(&self, db: &DbName, answer: bool) -> Holding {
         let head = &self.head;
         let (lineage, site, vector) = (head.lineage, head.site, head.vector.clone());
-        Holding { db: db.clone(), lineage, site, vector, lsn: head.lsn as u64, answer }
+        let (db, lsn, collected) = (db.clone(), head.lsn as u64, head.collected.clone());
+        let left = self.left_sites().unwrap_or_default();
+        let joining = self.joining.iter().map(|(node, (vector, _))| (node.clone(), vector.clone())).collect();
+        Holding { db, lineage, site, vector, lsn, answer, collected, joining, left }
     }
 
     /// Notes that this file has everything of a peer's file up to an lsn, when it holds all that the peer held then.

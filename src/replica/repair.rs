@@ -136,6 +136,8 @@ fn decide(
             Verdict::Differs(difference) => {
                 differs = true;
                 match difference {
+                    // It may know that there was such a row, and have forgotten when it was deleted: this is a new one.
+                    Difference::MissingThere if seen.state.is_none() => whole = true,
                     Difference::Columns(c) if !c.is_empty() => columns.extend(c),
                     Difference::Columns(_) | Difference::Versions => whole = true,
                     Difference::MissingThere | Difference::MissingHere => {

@@ -76,7 +76,7 @@ impl Store {
             let version = Version { hlc, site };
             let mut rows = 0;
             for plan in store.plans.clone() {
-                rows += store.redate_table(&plan, version, bound, base)?;
+                rows += store.restamp_table(&plan, version, &|v| v.hlc > bound, base)?;
             }
             store.set_feeds_back(bound, &latest)?;
             become_site(&store.conn, site)?;
@@ -104,8 +104,14 @@ impl Store {
         Ok(())
     }
 
-    /// Gives every version beyond the bound the new one.
-    fn redate_table(&mut self, plan: &Arc<Plan>, version: Version, bound: Hlc, base: i64) -> Result<u64> {
+    /// Gives every version that is wrong the new one.
+    pub(super) fn restamp_table(
+        &mut self,
+        plan: &Arc<Plan>,
+        version: Version,
+        is_wrong: &dyn Fn(Version) -> bool,
+        base: i64,
+    ) -> Result<u64> {
         let keys = plan.table.key.len();
         let sql = format!(
             "SELECT {}, bh, bs, dh, ds, cols, lsn FROM {1} INDEXED BY {1}_lsn WHERE lsn > ?1 AND lsn <= ?2 \
@@ -122,9 +128,9 @@ impl Store {
                 looked += 1;
                 after = row.get(keys + 5)?;
                 let mut state = self.sites.read_state(row, keys)?;
-                let wrong = state.versions().any(|v| v.hlc > bound);
+                let wrong = state.versions().any(is_wrong);
                 if wrong {
-                    set_back(&mut state, version, bound);
+                    set_back(&mut state, version, is_wrong);
                     let key = (0..keys).map(|i| Ok(get(row, i)?.to_value()));
                     changed.push((key.collect::<rusqlite::Result<Vec<Value>>>()?, state));
                 }
@@ -159,10 +165,10 @@ impl Store {
     }
 }
 
-/// Puts the new version in the place of those beyond the bound.
-fn set_back(state: &mut RowState, version: Version, bound: Hlc) {
+/// Puts the new version in the place of those that are wrong.
+fn set_back(state: &mut RowState, version: Version, is_wrong: &dyn Fn(Version) -> bool) {
     let mut renew = |v: &mut Version| {
-        if v.hlc > bound {
+        if is_wrong(*v) {
             *v = version;
         }
     };

@@ -11,12 +11,13 @@ use rusqlite::{Connection, OptionalExtension};
 use super::adopt::{self, Cause};
 use super::children::Touched;
 use super::conflict::ConflictCounts;
+use super::forget::{self, Joining};
 use super::merging::Merging;
 use super::plan::Plan;
 use super::rekey::{self, Links, Moves};
 use super::schema::ObjectKey;
 use super::shadow::Sites;
-use super::{ReplicaError, Result};
+use super::{ReplicaError, Result, same_file};
 use crate::core::capture::FILE_FORMAT;
 use crate::core::schema::SchemaMode;
 use crate::core::vector::{Point, Vector};
@@ -60,6 +61,13 @@ pub struct Store {
     pub(super) touched: Vec<Touched>,
     /// The conflicts counted last, and the lsn of the newest change to them then.
     pub(super) counted: Cell<Option<(Option<i64>, ConflictCounts)>>,
+    /// Where the file's own feed was when it was opened.
+    pub(super) opened: Point,
+    /// What tells the file from another of the same name, and what became of it.
+    pub(super) identity: Option<(u64, u64)>,
+    pub(super) replaced: Option<String>,
+    /// Nodes that got a copy and were not heard since.
+    pub(super) joining: Joining,
 }
 
 /// Whether a table of this name is replicated.
@@ -78,6 +86,8 @@ pub struct Head {
     pub lsn: i64,
     /// What the file holds of every feed, its own included.
     pub vector: Vector,
+    /// The file has forgotten deletes that this covers: a row that is not here and was born below it was deleted.
+    pub collected: Vector,
 }
 
 impl Store {
@@ -96,6 +106,8 @@ impl Store {
         sqlite::configure(&conn)?;
         let head = load_head(&conn)?;
         let sites = Sites::load(&conn)?;
+        let opened = head.vector.0.get(&head.site).copied().unwrap_or(Point { n: 0, hlc: Hlc(0), id: 0 });
+        let identity = same_file::identity(conn.path().unwrap_or_default());
         let mut store = Self {
             conn,
             spool_dir: spool_dir.to_owned(),
@@ -119,6 +131,10 @@ impl Store {
             collided: Vec::new(),
             touched: Vec::new(),
             counted: Cell::new(None),
+            opened,
+            identity,
+            replaced: None,
+            joining: Joining::new(),
         };
         store.write(Self::refresh_schema)?;
         Ok(store)
@@ -169,7 +185,7 @@ impl Store {
     /// Runs `work` in one write transaction; commits with everything on the disk, or leaves the file as it was.
     pub fn write<T>(&mut self, work: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
         self.conn.prepare_cached("BEGIN IMMEDIATE")?.execute([])?;
-        let result = work(self).and_then(|value| {
+        let result = self.look_at_file().and_then(|()| work(self)).and_then(|value| {
             self.conn.prepare_cached("COMMIT")?.execute([])?;
             Ok(value)
         });
@@ -318,5 +334,7 @@ fn load_head(conn: &Connection) -> Result<Head> {
         let number = |i| r.get::<_, i64>(i).map(|v| v as u64);
         vector.raise(SiteId(number(0)?), Point { n: number(1)?, hlc: Hlc(number(2)?), id: number(3)? });
     }
-    Ok(Head { lineage: lineage as u64, site: SiteId(site as u64), hlc: Hlc(hlc as u64), lsn, vector })
+    let collected = forget::load_collected(conn)?;
+    let (lineage, site) = (lineage as u64, SiteId(site as u64));
+    Ok(Head { lineage, site, hlc: Hlc(hlc as u64), lsn, vector, collected })
 }

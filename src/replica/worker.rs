@@ -1,9 +1,9 @@
 //! The thread of one database: it alone uses the file, takes in what arrives, and hands out what is to be sent.
 //! Invariant: what cannot be done now (disk full, file busy) is tried again and never ends the thread.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender, TrySendError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::ReplicaError;
@@ -52,9 +52,15 @@ pub struct WorkerHandle {
     inputs: SyncSender<Input>,
     woken: Arc<AtomicBool>,
     queued_bytes: Arc<AtomicUsize>,
+    replaced: Arc<Mutex<Option<String>>>,
 }
 
 impl WorkerHandle {
+    /// What happened to the file, if the thread has ended because of that.
+    pub fn replaced(&self) -> Option<String> {
+        self.replaced.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// Hints that the file may have been written.
     pub fn wake(&self) {
         if !self.woken.swap(true, Ordering::AcqRel) && self.inputs.try_send(Input::Wake).is_err() {
@@ -112,6 +118,7 @@ pub struct Worker {
     inputs: Receiver<Input>,
     woken: Arc<AtomicBool>,
     queued_bytes: Arc<AtomicUsize>,
+    replaced: Arc<Mutex<Option<String>>>,
     outgoing: tokio::sync::mpsc::Sender<Outgoing>,
     report: Report,
     clocks: SharedClocks,
@@ -131,14 +138,21 @@ impl Worker {
     ) -> (Self, WorkerHandle) {
         let (sender, inputs) = mpsc::sync_channel(QUEUE);
         let (woken, queued_bytes) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
-        let handle =
-            WorkerHandle { inputs: sender, woken: woken.clone(), queued_bytes: queued_bytes.clone() };
+        let replaced = Arc::new(Mutex::new(None));
+        let ours = replaced.clone();
+        let handle = WorkerHandle {
+            inputs: sender,
+            woken: woken.clone(),
+            queued_bytes: queued_bytes.clone(),
+            replaced,
+        };
         let worker = Self {
             db,
             engine,
             inputs,
             woken,
             queued_bytes,
+            replaced: ours,
             outgoing,
             report,
             clocks,
@@ -165,6 +179,12 @@ impl Worker {
                 return;
             }
             if let Err(error) = self.turn() {
+                if let ReplicaError::Replaced(what) = error {
+                    // Nothing more can be written into it under its site: it has to be opened again.
+                    tracing::warn!("{what}");
+                    *self.replaced.lock().unwrap_or_else(PoisonError::into_inner) = Some(what);
+                    return;
+                }
                 self.note_trouble(&error);
                 std::thread::sleep(RETRY);
             } else if self.trouble.take().is_some() {
@@ -235,6 +255,7 @@ impl Worker {
 
     fn turn(&mut self) -> Result<(), ReplicaError> {
         let now_ms = steady_ms();
+        self.engine.store_mut().look_at_file()?;
         self.engine.set_clocks(self.clocks.get(), now_ms);
         let result = self.engine.settle(now_ms);
         self.engine.announce(now_ms);

@@ -108,7 +108,7 @@ fn peers(w: &mut Writer<'_>, peers: &[PeerStatus]) {
 /// Name, type, help and value of what there is of every database.
 type Family = (&'static str, Type, &'static str, fn(&DatabaseStatus) -> u64);
 
-const DATABASE_FAMILIES: [Family; 16] = [
+const DATABASE_FAMILIES: [Family; 17] = [
     ("db_lsn", Type::Counter, "The file's counter of changed row states.", |d| d.lsn),
     ("db_pending_commits", Type::Gauge, "Commits of peers that wait to be applied.", |d| d.pending_commits),
     ("db_stopped_reasons", Type::Gauge, "Reasons why something is stopped.", |d| d.stopped.len() as u64),
@@ -130,6 +130,9 @@ const DATABASE_FAMILIES: [Family; 16] = [
     ("db_collision_children", Type::Gauge, "Rows that refer to one of those.", |d| d.collision_children),
     ("db_conflicts_pruned_total", Type::Counter, "Conflicts removed: too old or too many.", |d| {
         d.conflicts_pruned
+    }),
+    ("db_deletes_forgotten_total", Type::Counter, "Deletes that are not remembered any more.", |d| {
+        d.deletes_forgotten
     }),
     ("db_null_key_rows", Type::Gauge, "Rows that stay here: their key is NULL.", |d| d.null_key_rows),
     ("db_state_rows", Type::Gauge, "Rows of replication state in the file.", |d| d.state_rows),

@@ -165,6 +165,12 @@ pub struct DatabaseStatus {
     /// Conflicts that this node removed because they were too old or too many.
     #[serde(default)]
     pub conflicts_pruned: u64,
+    /// Deletes that are not remembered any more, because all nodes have applied them long ago.
+    #[serde(default)]
+    pub deletes_forgotten: u64,
+    /// What happened to the file: it was restored, came back after a long time; the latest last.
+    #[serde(default)]
+    pub events: Vec<FileEvent>,
     /// Rows that stay on this node because their key is NULL.
     pub null_key_rows: u64,
     /// Rows of replication state in the file.
@@ -198,6 +204,15 @@ pub struct CatchingUp {
     pub bytes: u64,
     /// Bytes received a second.
     pub bytes_per_s: f64,
+}
+
+/// Something that happened to a file.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct FileEvent {
+    /// When, RFC 3339 in UTC.
+    pub at: String,
+    /// What.
+    pub what: String,
 }
 
 /// What comparing rows with other nodes found.

@@ -12,6 +12,7 @@ mod refusal;
 mod refused_files;
 mod refused_joins;
 mod refused_starts;
+mod returning;
 mod status;
 mod sync;
 mod verify;

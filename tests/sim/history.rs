@@ -64,6 +64,10 @@ pub enum What {
     Start {
         node: usize,
     },
+    /// Time goes on: long enough for deletes to be forgotten.
+    Sleep {
+        ms: u64,
+    },
     /// A new node gets a copy of another's file.
     Join {
         from: usize,
@@ -116,7 +120,12 @@ pub struct Options {
     pub kills: f64,
     pub moves: f64,
     pub tables: Tables,
+    /// Probability, in each step, that much time goes on, in which deletes are forgotten.
+    pub sleeps: f64,
 }
+
+/// How long deletes are remembered where they are forgotten, and how long a member holds that up.
+pub const FORGET_MS: (u64, u64) = (300, 2_500);
 
 /// What tables there are, and how they are written.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -142,7 +151,7 @@ const CALM: Weather = Weather { drop: 0.0, duplicate: 0.0, max_delay_ms: 5 };
 const STORM: Weather = Weather { drop: 0.15, duplicate: 0.15, max_delay_ms: 400 };
 
 /// The worlds there are.
-pub const WORLDS: [Options; 6] = [
+pub const WORLDS: [Options; 7] = [
     Options {
         name: "good-network",
         nodes: (2, 4),
@@ -152,6 +161,7 @@ pub const WORLDS: [Options; 6] = [
         kills: 0.0,
         moves: 0.0,
         tables: Tables::Many,
+        sleeps: 0.0,
     },
     Options {
         name: "bad-network",
@@ -162,6 +172,7 @@ pub const WORLDS: [Options; 6] = [
         kills: 0.04,
         moves: 0.02,
         tables: Tables::Many,
+        sleeps: 0.0,
     },
     Options {
         name: "uniques",
@@ -172,6 +183,7 @@ pub const WORLDS: [Options; 6] = [
         kills: 0.03,
         moves: 0.01,
         tables: Tables::Uniques,
+        sleeps: 0.0,
     },
     Options {
         name: "conflicts",
@@ -182,6 +194,7 @@ pub const WORLDS: [Options; 6] = [
         kills: 0.04,
         moves: 0.0,
         tables: Tables::Followed,
+        sleeps: 0.0,
     },
     Options {
         name: "whole-rows",
@@ -192,6 +205,7 @@ pub const WORLDS: [Options; 6] = [
         kills: 0.04,
         moves: 0.0,
         tables: Tables::FollowedWhole,
+        sleeps: 0.0,
     },
     Options {
         name: "conflicts-and-moves",
@@ -202,6 +216,18 @@ pub const WORLDS: [Options; 6] = [
         kills: 0.04,
         moves: 0.02,
         tables: Tables::Followed,
+        sleeps: 0.0,
+    },
+    Options {
+        name: "forgetting",
+        nodes: (2, 5),
+        steps: 100,
+        weather: STORM,
+        cuts: 0.03,
+        kills: 0.05,
+        moves: 0.02,
+        tables: Tables::Many,
+        sleeps: 0.08,
     },
 ];
 
@@ -272,6 +298,9 @@ impl Maker {
         // Whoever follows every write would have to follow those that a restored file makes again.
         if !self.options.tables.are_followed() && r.random_bool(self.options.moves * 2.0) {
             add(0, if r.random_bool(0.5) { What::Backup { node: a } } else { What::Restore { node: a } });
+        }
+        if r.random_bool(self.options.sleeps) {
+            add(0, What::Sleep { ms: r.random_range(300..5_000) });
         }
         let (node, rollback) = (r.random_range(0..self.nodes), r.random_bool(0.1));
         let wait_ms = r.random_range(1..120);
@@ -354,6 +383,10 @@ impl Maker {
         let r = &mut self.random;
         let (id, other, n) = (r.random_range(1..8), r.random_range(1..8), r.random_range(0..100));
         let or = ["", "", "OR REPLACE", "OR IGNORE"][r.random_range(0..4)];
+        if self.options.sleeps > 0.0 && r.random_bool(0.2) {
+            let (whose, which) = (r.random_range(0..self.nodes), r.random_range(0..=self.written));
+            return format!("DELETE FROM mine WHERE id = '{whose}-{which}' RETURNING id");
+        }
         let which = r.random_range(0..14);
         plain_statement(which, (id, other, n), or).unwrap_or_else(|| {
             // The key says who inserts it: nobody else does, and nobody deletes it.

@@ -59,16 +59,21 @@ fn run(name: &str, default: u64) {
     let seeds = seeds(default);
     let (started, count) = (Instant::now(), seeds.end - seeds.start);
     let (mut conflicts, mut children, mut required) = (0, 0, 0);
+    let (mut forgotten, mut united) = (0, 0);
     for seed in seeds {
         let counts = run_one(options, seed);
         conflicts += counts.conflicts;
         children += counts.children;
         required += counts.required;
+        forgotten += counts.forgotten;
+        united += counts.united;
     }
     let rate = count as f64 / started.elapsed().as_secs_f64();
     println!(
-        "{name}: {count} seeds, {rate:.1} a second; {conflicts} losses kept, {required} had to be, {children} children"
+        "{name}: {count} seeds, {rate:.1} a second; {conflicts} losses kept, {required} had to be, {children} children; \
+         {forgotten} deletes forgotten, {united} files taken in whole"
     );
+    assert!(options.sleeps == 0.0 || count < 20 || (forgotten > 0 && united > 0), "nothing was forgotten");
 }
 
 fn run_one(options: Options, seed: u64) -> world::Counts {
@@ -144,6 +149,11 @@ fn conflicts_are_kept_while_nodes_join_and_leave() {
 #[test]
 fn rows_merged_as_a_whole_converge_and_lose_nothing() {
     run("whole-rows", 400);
+}
+
+#[test]
+fn deletes_are_forgotten_and_nothing_comes_back_or_is_lost() {
+    run("forgetting", 150);
 }
 
 #[test]

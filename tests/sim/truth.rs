@@ -197,7 +197,8 @@ impl Truth {
         let rows: BTreeSet<(&str, &str)> =
             self.events.iter().filter(|e| known(e)).map(|e| (e.table, e.key.as_str())).collect();
         let kept = Entries::read(app);
-        let mut counts = Counts { conflicts: kept.views.len(), children: kept.children.len(), required: 0 };
+        let mut counts =
+            Counts { conflicts: kept.views.len(), children: kept.children.len(), ..Counts::default() };
         for (table, key) in rows {
             let row = self.row_of(table, key, known);
             let expected =

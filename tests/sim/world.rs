@@ -11,16 +11,18 @@ use litemesh::core::version::{SiteId, Version};
 use litemesh::fabric::link::{Incoming, Outgoing};
 use litemesh::fabric::memory::{MemoryFabric, Weather};
 use litemesh::replica::engine::{Action, Engine};
+use litemesh::replica::forget::Forgetting;
 use litemesh::replica::merging::Merging;
 use litemesh::replica::send::{MessageAssembler, commit_pieces, message_pieces};
 use litemesh::replica::store::{Store, TableFilter};
+use litemesh::replica::unite::PeerFile;
 use litemesh::replica::{adopt, copy};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use rusqlite::Connection;
 use rusqlite::backup::Backup;
 
-use crate::history::{History, Moment, Op, Step, Tables, What};
+use crate::history::{FORGET_MS, History, Moment, Op, Step, Tables, What};
 use crate::truth::{Pending, Truth};
 
 pub const SCHEMA: &str = "
@@ -54,6 +56,8 @@ struct Node {
     backup: Option<Connection>,
     /// Keys of `mine` that were committed and are in no numbered commit yet.
     keys: Vec<String>,
+    /// Those that were deleted.
+    deleted: Vec<String>,
     /// The same of what the truth follows.
     pending: Vec<Pending>,
 }
@@ -67,6 +71,14 @@ pub struct World {
     next_site: u64,
     /// Keys that one node alone ever inserted and nobody deletes, and the commits they are in.
     acknowledged: Vec<(String, SiteId, u64)>,
+    /// Those that somebody deleted, and the commits that say so.
+    deleted: Vec<(String, SiteId, u64)>,
+    /// Those that somebody deleted, whatever became of that.
+    touched: BTreeSet<String>,
+    forgets: bool,
+    /// Tombstones that were forgotten, and files that were taken in whole, by engines that have ended.
+    pub forgotten: u64,
+    pub united: u64,
     truth: Truth,
     steps: VecDeque<Step>,
 }
@@ -77,6 +89,10 @@ pub struct Counts {
     pub conflicts: usize,
     pub children: usize,
     pub required: usize,
+    /// Tombstones that were forgotten.
+    pub forgotten: u64,
+    /// Files that were taken in whole.
+    pub united: u64,
 }
 
 pub fn db() -> DbName {
@@ -104,7 +120,9 @@ pub fn run(history: &History) -> Result<Counts, String> {
         let mut world = World::new(history);
         history.steps.iter().for_each(|s| world.step(s.wait_ms, &s.what));
         world.settle_down();
-        world.check()
+        let living = world.nodes.iter().filter_map(|n| n.engine.as_ref());
+        let forgotten = world.forgotten + living.map(Engine::collected_rows).sum::<u64>();
+        Counts { forgotten, united: world.united, ..world.check() }
     }));
     result.map_err(|panic| {
         let text = panic.downcast_ref::<String>().map(String::as_str);
@@ -124,6 +142,11 @@ impl World {
             now_ms: 4_000_000_000_000,
             next_site: 1_000,
             acknowledged: Vec::new(),
+            deleted: Vec::new(),
+            touched: BTreeSet::new(),
+            forgets: history.options.sleeps > 0.0,
+            forgotten: 0,
+            united: 0,
             truth: Truth::default(),
             steps: history.steps.iter().cloned().collect(),
         };
@@ -162,6 +185,7 @@ impl World {
             left: false,
             backup: None,
             keys: Vec::new(),
+            deleted: Vec::new(),
             pending: Vec::new(),
         });
         self.start(i);
@@ -180,12 +204,18 @@ impl World {
                 (Box::new(|_| true), Box::new(|_| false));
             store.set_merging(Merging { whole_row, by_column }).unwrap();
         }
-        node.engine = Some(Engine::new(db(), store, &spool()));
+        let mut engine = Engine::new(db(), store, &spool());
+        if self.forgets {
+            let (age_ms, absent_ms) = FORGET_MS;
+            engine.remember(Forgetting { me: Some(node.name.clone()), age_ms, absent_ms });
+        }
+        node.engine = Some(engine);
         node.messages = MessageAssembler::default();
         self.net.up(&node.name);
     }
 
     fn kill(&mut self, i: usize) {
+        self.forgotten += self.nodes[i].engine.as_ref().map_or(0, Engine::collected_rows);
         self.nodes[i].engine = None;
         let name = self.nodes[i].name.clone();
         self.net.down(&name);
@@ -227,6 +257,12 @@ impl World {
                 self.nodes[node % count].backup = Some(copy);
             }
             What::Restore { node } => self.restore(node % count),
+            What::Sleep { ms } => {
+                for _ in 0..ms / 100 {
+                    self.now_ms += 100;
+                    self.turn();
+                }
+            }
             What::Tamper { node } => {
                 let conn = &self.nodes[node % count].app;
                 conn.set_db_config(rusqlite::config::DbConfig::SQLITE_DBCONFIG_ENABLE_TRIGGER, false)
@@ -274,8 +310,11 @@ impl World {
 
     /// A new node gets a copy, as the daemon makes one: of a state that is wholly absorbed, under a new site.
     fn join(&mut self, from: usize) {
-        let Some(engine) = &mut self.nodes[from].engine else { return };
+        let count = self.nodes.len();
+        let Node { engine: Some(engine), skew_ms, .. } = &mut self.nodes[from] else { return };
         engine.barrier().unwrap();
+        let there = self.now_ms.saturating_add_signed(*skew_ms);
+        engine.note_joining(&format!("n{count}").parse().unwrap(), there);
         let source = engine.store().head().site;
         let (uri, mut app) = memory();
         copy_database(&self.nodes[from].app, &mut app);
@@ -297,18 +336,24 @@ impl World {
         copy_database(node.backup.as_ref().unwrap(), &mut node.app);
         adopt::become_site(&node.app, site).unwrap();
         node.keys.clear();
+        node.deleted.clear();
         self.start(i);
     }
 
     /// One application transaction of a few statements, some of them rolled back.
     fn write(&mut self, i: usize, ops: &[Op], rollback: bool) {
         let node = &mut self.nodes[i];
-        let (mut keys, mut pending) = (Vec::new(), Vec::new());
+        let (mut keys, mut deleted, mut pending) = (Vec::new(), Vec::new(), Vec::new());
         let seen = Truth::vector(&node.app);
         node.app.execute_batch("BEGIN").unwrap();
         for op in ops {
             match op {
                 // Constraint errors are the application's own affair.
+                Op::Sql(sql) if sql.starts_with("DELETE FROM mine") => {
+                    let mut statement = node.app.prepare_cached(sql).unwrap();
+                    let gone = statement.query_map([], |r| r.get::<_, String>(0)).unwrap();
+                    deleted.extend(gone.map(Result::unwrap));
+                }
                 Op::Sql(sql) => {
                     let done = node.app.execute_batch(sql);
                     if let (Ok(()), Some(rest)) = (done, sql.strip_prefix("INSERT INTO mine VALUES('")) {
@@ -334,6 +379,8 @@ impl World {
         } else {
             node.app.execute_batch("COMMIT").unwrap();
             node.keys.extend(keys);
+            self.touched.extend(deleted.iter().cloned());
+            node.deleted.extend(deleted);
             node.pending.extend(pending);
         }
     }
@@ -360,7 +407,26 @@ impl World {
         }
         for i in 0..self.nodes.len() {
             self.work(i, usize::MAX);
+            self.unite(i);
         }
+    }
+
+    /// A node that was away for too long takes in a peer's file, as the daemon does it.
+    fn unite(&mut self, i: usize) {
+        let now = self.now_ms.saturating_add_signed(self.nodes[i].skew_ms);
+        let Some(engine) = &self.nodes[i].engine else { return };
+        let Some(peer) = engine.needs_copy(now) else { return };
+        let Some(from) = self.nodes.iter().position(|n| n.name == peer) else { return };
+        let name = self.nodes[i].name.clone();
+        let there = self.now_ms.saturating_add_signed(self.nodes[from].skew_ms);
+        let Some(engine) = &mut self.nodes[from].engine else { return };
+        engine.barrier().unwrap();
+        engine.note_joining(&name, there);
+        let mut copy = Connection::open_in_memory().unwrap();
+        copy_database(&self.nodes[from].app, &mut copy);
+        let file = PeerFile::with_connection(copy, &spool()).unwrap();
+        self.nodes[i].engine.as_mut().unwrap().unite(file, "came back", now, now).unwrap();
+        self.united += 1;
     }
 
     /// A node's turn, of which only so many messages get out.
@@ -384,6 +450,8 @@ impl World {
         let node = &mut self.nodes[i];
         let keys = std::mem::take(&mut node.keys);
         self.acknowledged.extend(keys.into_iter().map(|k| (k, site, header.to)));
+        let deleted = std::mem::take(&mut node.deleted);
+        self.deleted.extend(deleted.into_iter().map(|k| (k, site, header.to)));
         let version = Version { hlc: header.hlc, site };
         self.truth.commit(version, header.to, std::mem::take(&mut node.pending));
     }
@@ -462,8 +530,13 @@ impl World {
         let mine: BTreeSet<&str> = expected["mine"].iter().map(|r| r.split('|').next().unwrap()).collect();
         for (key, site, n) in &self.acknowledged {
             let quoted = format!("'{key}'");
-            let known = vector.n(*site) >= *n;
+            let known = vector.n(*site) >= *n && !self.touched.contains(key);
             assert!(!known || mine.contains(quoted.as_str()), "the row {key} is missing");
+        }
+        for (key, site, n) in &self.deleted {
+            let quoted = format!("'{key}'");
+            let known = vector.n(*site) >= *n;
+            assert!(!known || !mine.contains(quoted.as_str()), "the deleted row {key} is back");
         }
         Counts::default()
     }

@@ -1,0 +1,172 @@
+//! Files that come back: restored, replaced, away for too long, with rows of their own. Real nodes.
+
+use std::path::Path;
+
+use rusqlite::Connection;
+use rusqlite::backup::Backup;
+
+use crate::support::{Node, pair, wait_equal, wait_for};
+
+const SCHEMA: &str = "CREATE TABLE t(id TEXT PRIMARY KEY NOT NULL, v); INSERT INTO t VALUES('first', 1)";
+
+fn rows(node: &Node) -> String {
+    node.text("app.db", "SELECT group_concat(id || '=' || v, ' ') FROM (SELECT * FROM t ORDER BY id)")
+}
+
+fn copy_to(node: &Node, to: &Path) {
+    Connection::open(node.file("app.db")).unwrap().execute("VACUUM INTO ?1", [to.to_str().unwrap()]).unwrap();
+}
+
+fn events(node: &Node) -> String {
+    node.status()["databases"][0]["events"].to_string()
+}
+
+fn site(node: &Node) -> String {
+    node.status()["databases"][0]["site"].to_string()
+}
+
+/// Rows written after the backup come back from the peer, what the backup alone has reaches it.
+fn check_restored(a: &Node, b: &Node, before: &str) {
+    wait_for("a new site", || site(a) != before && events(a).contains("goes on as a new site"));
+    wait_for("the newer row is back", || rows(a).contains("newer"));
+    a.exec("app.db", "INSERT INTO t VALUES('restored', 1)");
+    a.sync();
+    b.sync();
+    wait_equal(&[a, b], "app.db");
+    assert!(rows(b).contains("restored=1"), "{}", rows(b));
+}
+
+#[test]
+fn a_backup_restored_into_the_live_file_is_noticed_and_heals() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = pair(dir.path(), SCHEMA);
+    a.sync();
+    let (backup, before) = (dir.path().join("backup.db"), site(&a));
+    copy_to(&a, &backup);
+    a.exec("app.db", "INSERT INTO t VALUES('newer', 1)");
+    a.sync();
+    let mut live = Connection::open(a.file("app.db")).unwrap();
+    let from = Connection::open(&backup).unwrap();
+    let restored = Backup::new(&from, &mut live).unwrap();
+    wait_for("it is restored", || matches!(restored.step(-1), Ok(rusqlite::backup::StepResult::Done)));
+    drop(restored);
+    check_restored(&a, &b, &before);
+}
+
+#[test]
+fn a_backup_moved_over_the_live_file_is_noticed_and_heals() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = pair(dir.path(), SCHEMA);
+    a.sync();
+    let (backup, before) = (dir.path().join("a").join("backup.db"), site(&a));
+    copy_to(&a, &backup);
+    a.exec("app.db", "INSERT INTO t VALUES('newer', 1)");
+    a.sync();
+    for suffix in ["-wal", "-shm"] {
+        let _ = std::fs::remove_file(a.file(&format!("app.db{suffix}")));
+    }
+    std::fs::rename(&backup, a.file("app.db")).unwrap();
+    check_restored(&a, &b, &before);
+}
+
+#[test]
+fn a_copy_of_the_same_run_put_back_while_stopped_is_noticed_and_heals() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut a, b) = pair(dir.path(), SCHEMA);
+    a.sync();
+    let (backup, before) = (dir.path().join("backup.db"), site(&a));
+    copy_to(&a, &backup);
+    a.exec("app.db", "INSERT INTO t VALUES('newer', 1)");
+    a.sync();
+    a.stop();
+    for suffix in ["-wal", "-shm"] {
+        let _ = std::fs::remove_file(a.file(&format!("app.db{suffix}")));
+    }
+    std::fs::copy(&backup, a.file("app.db")).unwrap();
+    a.exec("app.db", "INSERT INTO t VALUES('unsent', 1)");
+    a.start(None);
+    check_restored(&a, &b, &before);
+    assert!(rows(&b).contains("unsent=1"));
+}
+
+/// The machine of a node goes back as a whole: its state directory with its file.
+#[test]
+fn a_node_that_went_back_with_its_state_directory_loses_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut a, b) = pair(dir.path(), SCHEMA);
+    a.sync();
+    a.stop();
+    let image = dir.path().join("image.db");
+    copy_to(&a, &image);
+    let remembered = std::fs::read(a.state_dir().join("databases.json")).unwrap();
+    a.start(None);
+    let before = site(&a);
+    a.exec("app.db", "INSERT INTO t VALUES('newer', 1)");
+    a.sync();
+    a.kill();
+    for suffix in ["-wal", "-shm"] {
+        let _ = std::fs::remove_file(a.file(&format!("app.db{suffix}")));
+    }
+    std::fs::copy(&image, a.file("app.db")).unwrap();
+    std::fs::write(a.state_dir().join("databases.json"), remembered).unwrap();
+    a.exec("app.db", "INSERT INTO t VALUES('unsent', 1)");
+    a.start(None);
+    check_restored(&a, &b, &before);
+    wait_for("what it wrote before it knew is everywhere", || rows(&b).contains("unsent=1"));
+}
+
+#[test]
+fn a_node_away_past_all_retention_takes_a_copy_and_keeps_what_it_wrote() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut a, mut b) = pair(dir.path(), SCHEMA);
+    a.exec("app.db", "INSERT INTO t VALUES('doomed', 1), ('shared', 1)");
+    a.sync();
+    a.stop();
+    b.stop();
+    let short = ["--tombstones-age", "200ms", "--absent-age", "1s"].map(str::to_owned);
+    (a.extra, b.extra) = (short.to_vec(), short.to_vec());
+    a.start(None);
+    a.exec("app.db", "DELETE FROM t WHERE id IN ('doomed', 'first'); INSERT INTO t VALUES('of a', 1)");
+    b.exec("app.db", "UPDATE t SET v = 2 WHERE id = 'doomed'; INSERT INTO t VALUES('of b', 1)");
+    b.exec("app.db", "DELETE FROM t WHERE id = 'shared'");
+    let forgotten = |n: &Node| n.status()["databases"][0]["deletes_forgotten"].as_u64().unwrap();
+    wait_for("a forgets its deletes", || forgotten(&a) >= 2);
+    // An application has the file open all the time.
+    let app = b.app("app.db");
+    b.start(None);
+    wait_for("b took a copy", || events(&b).contains("was away for too long"));
+    app.execute("INSERT INTO t VALUES('still here', 1)", []).unwrap();
+    wait_for("all are the same", || rows(&a) == "of a=1 of b=1 still here=1" && rows(&a) == rows(&b));
+    let beside = std::fs::read_dir(b.file("app.db").parent().unwrap()).unwrap();
+    let kept = beside.map(|e| e.unwrap().path()).find(|p| p.to_string_lossy().contains("app.db.diverged-"));
+    let kept = Connection::open(kept.expect("the file as it was")).unwrap();
+    let doomed: i64 = kept.query_row("SELECT v FROM t WHERE id = 'doomed'", [], |r| r.get(0)).unwrap();
+    assert_eq!(doomed, 2);
+    wait_for("the update of the deleted row is a conflict", || {
+        let list = a.run(&["conflicts", "list", "app.db"]);
+        String::from_utf8_lossy(&list.stdout).contains("doomed")
+    });
+}
+
+#[test]
+fn a_file_with_rows_of_its_own_is_united_by_key_with_merge() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut a, mut b) = (Node::new(dir.path(), "a", &["app.db"]), Node::new(dir.path(), "b", &["app.db"]));
+    a.exec("app.db", SCHEMA);
+    a.exec("app.db", "INSERT INTO t VALUES('both', 'of the mesh')");
+    a.start(None);
+    b.exec("app.db", "CREATE TABLE t(id TEXT PRIMARY KEY NOT NULL, v)");
+    b.exec("app.db", "INSERT INTO t VALUES('both', 'of b'), ('first', 1), ('only b', 2)");
+    b.extra = vec!["--merge".into()];
+    b.start(Some(&a.token()));
+    let all = "both=of the mesh first=1 only b=2";
+    wait_for("both have all", || rows(&a) == all && rows(&b) == all);
+    let list =
+        |n: &Node| String::from_utf8_lossy(&n.run(&["conflicts", "list", "app.db"]).stdout).into_owned();
+    wait_for("the other row is kept", || list(&a).contains("of b") && list(&b).contains("of b"));
+    let text = list(&b);
+    let id = text.split_whitespace().next().unwrap();
+    let restored = b.run(&["conflicts", "restore", "app.db", id]);
+    assert!(restored.status.success(), "{restored:?}");
+    wait_for("it is back everywhere", || rows(&a) == "both=of b first=1 only b=2" && rows(&b) == rows(&a));
+}
