@@ -5,7 +5,7 @@ use std::path::Path;
 use rusqlite::Connection;
 use rusqlite::backup::Backup;
 
-use crate::support::{Node, pair, wait_equal, wait_for};
+use crate::support::{Node, litemesh, pair, wait_equal, wait_for};
 
 const SCHEMA: &str = "CREATE TABLE t(id TEXT PRIMARY KEY NOT NULL, v); INSERT INTO t VALUES('first', 1)";
 
@@ -15,6 +15,12 @@ fn rows(node: &Node) -> String {
 
 fn copy_to(node: &Node, to: &Path) {
     Connection::open(node.file("app.db")).unwrap().execute("VACUUM INTO ?1", [to.to_str().unwrap()]).unwrap();
+}
+
+fn conflicts(node: &Node, args: &[&str]) -> String {
+    let output = litemesh().current_dir(&node.home).arg("conflicts").args(args).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
 }
 
 fn events(node: &Node) -> String {
@@ -129,7 +135,7 @@ fn a_node_away_past_all_retention_takes_a_copy_and_keeps_what_it_wrote() {
     a.exec("app.db", "DELETE FROM t WHERE id IN ('doomed', 'first'); INSERT INTO t VALUES('of a', 1)");
     b.exec("app.db", "UPDATE t SET v = 2 WHERE id = 'doomed'; INSERT INTO t VALUES('of b', 1)");
     b.exec("app.db", "DELETE FROM t WHERE id = 'shared'");
-    let forgotten = |n: &Node| n.status()["databases"][0]["deletes_forgotten"].as_u64().unwrap();
+    let forgotten = |n: &Node| n.status()["databases"][0]["deletes_forgotten"].as_u64().unwrap_or(0);
     wait_for("a forgets its deletes", || forgotten(&a) >= 2);
     // An application has the file open all the time.
     let app = b.app("app.db");
@@ -143,8 +149,7 @@ fn a_node_away_past_all_retention_takes_a_copy_and_keeps_what_it_wrote() {
     let doomed: i64 = kept.query_row("SELECT v FROM t WHERE id = 'doomed'", [], |r| r.get(0)).unwrap();
     assert_eq!(doomed, 2);
     wait_for("the update of the deleted row is a conflict", || {
-        let list = a.run(&["conflicts", "list", "app.db"]);
-        String::from_utf8_lossy(&list.stdout).contains("doomed")
+        conflicts(&a, &["list", "app.db"]).contains("doomed")
     });
 }
 
@@ -161,12 +166,10 @@ fn a_file_with_rows_of_its_own_is_united_by_key_with_merge() {
     b.start(Some(&a.token()));
     let all = "both=of the mesh first=1 only b=2";
     wait_for("both have all", || rows(&a) == all && rows(&b) == all);
-    let list =
-        |n: &Node| String::from_utf8_lossy(&n.run(&["conflicts", "list", "app.db"]).stdout).into_owned();
+    let list = |n: &Node| conflicts(n, &["list", "app.db"]);
     wait_for("the other row is kept", || list(&a).contains("of b") && list(&b).contains("of b"));
     let text = list(&b);
     let id = text.split_whitespace().next().unwrap();
-    let restored = b.run(&["conflicts", "restore", "app.db", id]);
-    assert!(restored.status.success(), "{restored:?}");
+    conflicts(&b, &["restore", "app.db", id]);
     wait_for("it is back everywhere", || rows(&a) == "both=of b first=1 only b=2" && rows(&b) == rows(&a));
 }
