@@ -5,6 +5,8 @@ use litemesh::core::schema::SchemaMode;
 use litemesh::core::version::SiteId;
 use litemesh::replica::adopt;
 use litemesh::replica::copy::take_identity;
+use litemesh::replica::forget::Forgetting;
+use litemesh::replica::unite::PeerFile;
 use rusqlite::Connection;
 use rusqlite::backup::Backup;
 
@@ -333,4 +335,65 @@ fn a_power_cut_after_a_page_was_served_takes_back_nothing_of_it() {
     assert_eq!(b.rows(), "1=of a 2=of b 3=of b, told with the page 4=again");
     assert_eq!((a.rows(), c.rows()), (b.rows(), b.rows()));
     assert!(c.warnings.iter().all(|w| !w.contains("history")), "{:?}", c.warnings);
+}
+
+/// Lets both say what they hold, and time go on, until deletes are forgotten.
+fn forget(sites: &mut [&mut Site], start_ms: u64) -> u64 {
+    let mut now_ms = start_ms;
+    for _ in 0..4 {
+        meet(sites, now_ms);
+        now_ms += 200_000;
+    }
+    now_ms
+}
+
+#[test]
+fn a_page_that_comes_after_the_delete_was_forgotten_brings_nothing_back() {
+    let (mut a, mut b) = duo("forgotten");
+    for s in [&mut a, &mut b] {
+        s.engine.remember(Forgetting { me: None, age_ms: 1_000, absent_ms: 500_000 });
+    }
+    a.write("INSERT INTO t VALUES(1, 'doomed'), (2, 'stays')");
+    // A third node, of which the others know nothing, asks for rows, and the page is under way for long.
+    let mut c = Site::new("forgotten", "c", 3, 7, SCHEMA);
+    let page = ask(&mut c, &mut a, START_MS);
+    meet(&mut [&mut a, &mut b], START_MS + 10_000);
+    a.write("DELETE FROM t WHERE id = 1");
+    let now_ms = forget(&mut [&mut a, &mut b], START_MS + 300_000);
+    assert!(a.engine.collected_rows() > 0 && b.engine.collected_rows() > 0);
+    assert_eq!(a.text("SELECT count(*) FROM __litemesh_state_4"), "1");
+    // The page: a row that was deleted since, and that was forgotten.
+    c.hear(&a.name, page, now_ms);
+    c.settle(now_ms);
+    assert_eq!(c.rows(), "1=doomed 2=stays");
+    c.messages.clear();
+    c.commits.clear();
+    c.run("UPDATE t SET v = 'of c' WHERE id = 1");
+    c.settle(now_ms);
+    let update = c.commits.pop().unwrap();
+    // Who has forgotten the row drops it, and keeps what was written to it.
+    let site = c.site();
+    b.take(site, &update);
+    b.settle(now_ms);
+    assert_eq!(b.rows(), "2=stays");
+    assert_eq!(b.engine.store().conflict_counts().unwrap().open, 1);
+    // c is refused what would leave it with the row, and asks for a copy.
+    for round in 0..20 {
+        let now_ms = now_ms + round * 1_000;
+        a.engine.greet(&c.name);
+        a.settle(now_ms);
+        for (_, message) in std::mem::take(&mut a.messages) {
+            c.hear(&a.name, message, now_ms);
+        }
+        c.settle(now_ms);
+    }
+    assert_eq!(c.engine.needs_copy(now_ms + 30_000), Some(a.name.clone()));
+    assert!(!c.messages.iter().any(|(_, m)| is_request(m)), "nobody can answer");
+    let mut copy = Connection::open_in_memory().unwrap();
+    copy_into(&a.app, &mut copy);
+    let file = PeerFile::with_connection(copy, &std::env::temp_dir()).unwrap();
+    let united = c.engine.unite(file, "was away", now_ms, now_ms).unwrap();
+    assert_eq!((united.removed, c.rows().as_str()), (1, "2=stays"));
+    meet(&mut [&mut a, &mut b, &mut c], now_ms + 100_000);
+    assert_eq!((a.rows(), b.rows(), c.rows()), (b.rows(), c.rows(), "2=stays".to_owned()));
 }
