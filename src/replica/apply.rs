@@ -399,7 +399,7 @@ impl Store {
                 }
                 merge(ours, theirs)
             }
-            None if self.is_forgotten(theirs) => return self.drop_forgotten(plan, key, theirs),
+            None if self.is_forgotten(plan, theirs)? => return self.drop_forgotten(plan, key, theirs),
             None => theirs.clone(),
         };
         if ours.as_ref() == Some(&merged) && present == merged.state.dead.is_none() {
@@ -407,7 +407,7 @@ impl Store {
         }
         let lsn = self.next_lsn();
         self.sites.put(&self.conn, plan, key, &merged.state, lsn)?;
-        if ours.is_none() && self.is_late(plan, theirs) {
+        if ours.is_none() && self.is_late(plan, theirs)? {
             let key: Vec<Value> = key.iter().map(|k| k.to_value()).collect();
             self.log_own(plan, &key, OP_INSERT, &[])?;
         }

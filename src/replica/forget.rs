@@ -321,10 +321,16 @@ impl Store {
         Ok(())
     }
 
-    /// Whether the tombstones of a table may be forgotten. Records of the schema say more than that something is gone,
-    /// and where rows of a table that keeps both stand depends on its tombstones.
-    pub(super) fn is_forgetful(&self, plan: &Plan) -> bool {
-        plan.table.name != SCHEMA && !self.links.contains_key(&plan.table.id)
+    /// Whether tombstones of a table are never forgotten anywhere. Records of the schema say more than that something is
+    /// gone, and where rows of a table that keeps both stand depends on its tombstones.
+    pub(super) fn keeps_tombstones(&self, plan: &Plan) -> bool {
+        plan.table.name == SCHEMA || self.links.contains_key(&plan.table.id)
+    }
+
+    /// Whether this file forgets tombstones of a table. To one that was gone here and came back, rows are told again under
+    /// births that this file has long had: what is not known there was not forgotten.
+    pub(super) fn is_forgetful(&self, plan: &Plan) -> Result<bool> {
+        Ok(!self.keeps_tombstones(plan) && !self.is_told_whole(plan)?)
     }
 
     /// Looks at some tombstones, and forgets those that are below the bound, in a transaction of its own.
@@ -337,7 +343,7 @@ impl Store {
             return Ok((None, Step { forgotten: 0, next: None }));
         };
         let next_table = Some((at + 1, -1));
-        if !self.is_forgetful(&plan) {
+        if !self.is_forgetful(&plan)? {
             return Ok((None, Step { forgotten: 0, next: next_table }));
         }
         let (found, last) = self.tombstones(&plan, bound, after)?;
@@ -400,16 +406,17 @@ impl Store {
     }
 
     /// Whether a row of which nothing is known here was deleted, and that was forgotten.
-    pub(super) fn is_forgotten(&self, row: &Row) -> bool {
-        !self.head.collected.0.is_empty() && self.head.vector.covers(row.state.birth)
+    pub(super) fn is_forgotten(&self, plan: &Plan, row: &Row) -> Result<bool> {
+        let known = !self.head.collected.0.is_empty() && self.head.vector.covers(row.state.birth);
+        Ok(known && self.is_forgetful(plan)?)
     }
 
     /// Whether a row that was inserted at `birth`, and of which nothing is known here, may have been displaced by a later
     /// one whose delete is forgotten here and remembered elsewhere. No member's is: this one comes from a node that was
     /// away. It is written again by this node, so that it stays everywhere.
-    pub(super) fn is_late(&self, plan: &Plan, row: &Row) -> bool {
+    pub(super) fn is_late(&self, plan: &Plan, row: &Row) -> Result<bool> {
         let late = row.state.birth.hlc <= self.head.collected.latest();
-        late && row.state.dead.is_none() && !plan.table.is_ours() && self.is_forgetful(plan)
+        Ok(late && row.state.dead.is_none() && !plan.table.is_ours() && self.is_forgetful(plan)?)
     }
 
     /// A row that was deleted, and that was forgotten: what was written to it unseen is kept.

@@ -129,7 +129,8 @@ impl Store {
         let mut removed = 0;
         for plan in self.plans.clone() {
             let there = file.plans.iter().find(|p| p.wire_name.eq_ignore_ascii_case(&plan.wire_name));
-            let Some(there) = there.filter(|_| self.is_forgetful(&plan) && plan.table.name != OPTIONS) else {
+            let Some(there) = there.filter(|_| !self.keeps_tombstones(&plan) && plan.table.name != OPTIONS)
+            else {
                 continue;
             };
             for key in self.lacking(&plan, file, there)? {

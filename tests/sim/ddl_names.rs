@@ -1,7 +1,10 @@
 //! Tables that get other names on several nodes at once: what is one table stays one, with everybody's rows; what two
 //! nodes give one name becomes one.
 
+use litemesh::replica::forget::Forgetting;
+
 use crate::ddl::{duo, exchange, meet};
+use crate::rare;
 use crate::site::{START_MS, Site, talk};
 
 const TWO: &str = "CREATE TABLE t(id INTEGER PRIMARY KEY, v); CREATE TABLE u(id INTEGER PRIMARY KEY, v);
@@ -85,6 +88,23 @@ fn a_table_renamed_here_and_dropped_there_lives_on_with_its_rows_and_without_the
     a.run("DELETE FROM ta WHERE id = 5");
     meet(&mut a, &mut b);
     assert_eq!(both(&a, &b, "ta"), "1B 3B 4B");
+}
+
+#[test]
+fn a_table_that_comes_back_has_its_rows_where_deletes_were_forgotten() {
+    let (mut a, mut b) = duo("rename-forgotten", TWO);
+    for s in [&mut a, &mut b] {
+        s.engine.remember(Forgetting { me: None, age_ms: 1_000, absent_ms: 500_000 });
+    }
+    a.write("INSERT INTO t VALUES(3, 'a'), (4, 'doomed'); DELETE FROM t WHERE id = 1");
+    rare::meet(&mut [&mut a, &mut b], START_MS + 10_000);
+    b.write("DELETE FROM t WHERE id = 4");
+    let now_ms = rare::forget(&mut [&mut a, &mut b], START_MS + 300_000);
+    assert!(a.engine.collected_rows() > 0 && b.engine.collected_rows() > 0);
+    a.run("ALTER TABLE t RENAME TO w; INSERT INTO w VALUES(5, 'a')");
+    b.run("DROP TABLE t");
+    rare::meet(&mut [&mut a, &mut b], now_ms + 10_000);
+    assert_eq!(both(&a, &b, "w"), "2adopted 3a 5a");
 }
 
 /// Two meet, and every commit is lost: what they have of each other is from pages.

@@ -338,7 +338,7 @@ fn a_power_cut_after_a_page_was_served_takes_back_nothing_of_it() {
 }
 
 /// Lets both say what they hold, and time go on, until deletes are forgotten.
-fn forget(sites: &mut [&mut Site], start_ms: u64) -> u64 {
+pub fn forget(sites: &mut [&mut Site], start_ms: u64) -> u64 {
     let mut now_ms = start_ms;
     for _ in 0..4 {
         meet(sites, now_ms);
