@@ -196,7 +196,10 @@ pub fn show(args: &ConflictsShowArgs) -> Result<ExitCode> {
     writeln!(out, "  table  {}", clean(&c.table))?;
     writeln!(out, "  key    {}", clean(&shown_key(&c)))?;
     writeln!(out, "  lost   by node {}, {} ({} ago)", loser.0, loser.1, age(now_ms, c.at_ms))?;
-    writeln!(out, "  won    by node {}, {}", winner.0, winner.1)?;
+    match nobody(&c) {
+        Some(what) => writeln!(out, "  won    {what}")?,
+        None => writeln!(out, "  won    by node {}, {}", winner.0, winner.1)?,
+    }
     for (name, k) in &c.columns {
         let state = match (k.lost, k.restored) {
             (true, false) => "lost",
@@ -226,6 +229,19 @@ pub fn show(args: &ConflictsShowArgs) -> Result<ExitCode> {
         writeln!(out, "to bring it back: litemesh conflicts restore {file} {id}{new_id}")?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What won if no node is known for it.
+fn nobody(c: &Conflict) -> Option<&'static str> {
+    if c.winner.site != Version::ZERO.site {
+        return None;
+    }
+    Some(match c.kind {
+        Kind::Delete => {
+            "a delete that all nodes had applied and that is forgotten: by which node is not known any more"
+        }
+        _ => "a row that was there before the databases were one: no node's write",
+    })
 }
 
 fn meaning(c: &Conflict) -> &'static str {

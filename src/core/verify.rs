@@ -95,6 +95,23 @@ pub struct Lookup {
     pub later_than_ms: Option<u64>,
 }
 
+/// What a node holds at one moment.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Held {
+    /// Of every site's feed.
+    pub vector: Vector,
+    /// What is covered by this and was deleted may be forgotten.
+    pub collected: Vector,
+}
+
+impl Held {
+    /// Whether the other has forgotten deletes that were never heard of here: then a row that is here and not there says
+    /// nothing.
+    pub fn misses_forgotten(&self, other: &Held) -> bool {
+        !self.vector.includes(&other.collected)
+    }
+}
+
 /// A question about rows.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Question {
@@ -109,14 +126,14 @@ pub enum Question {
 /// The answer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Reply {
-    /// The tables.
-    Layouts(Vec<Layout>),
+    /// The tables, and what the node holds.
+    Layouts(Vec<Layout>, Held),
     /// The range has that digest.
     Same,
     /// The range's rows, up to a key if they are too many.
     Rows(Vec<(Key, Hash)>, Option<Key>),
     /// What is seen of each key, and what the node held then.
-    Seen(Vec<Seen>, Vector),
+    Seen(Vec<Seen>, Held),
     /// It cannot be answered; for a person to read.
     Refused(String),
 }

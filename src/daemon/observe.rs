@@ -285,7 +285,8 @@ fn describe(
 ) -> DatabaseStatus {
     let (store, head, counters) = (engine.store(), engine.store().head(), engine.counters());
     let mut stopped = engine.stopped();
-    let state = match (trouble, stopped.is_empty(), engine.is_syncing()) {
+    let needs_copy = engine.needs_copy(steady_ms());
+    let state = match (trouble, stopped.is_empty(), engine.is_syncing() || needs_copy.is_some()) {
         (Some(_), ..) => DatabaseState::Error,
         (None, false, _) => DatabaseState::Stopped,
         (None, true, true) => DatabaseState::Syncing,
@@ -332,6 +333,7 @@ fn describe(
         moved_rows: store.kept_both().unwrap_or_default().into_iter().collect(),
         conflicts_pruned: counters.conflicts_pruned,
         deletes_forgotten: engine.collected_rows(),
+        needs_copy: needs_copy.map(|node| node.to_string()),
         events: file_events(store),
         null_key_rows: store.null_keys(),
         state_rows,

@@ -150,16 +150,24 @@ impl Router {
             dry_run,
             done: Repaired { not_compared: partners.away, ..Repaired::default() },
         };
+        let mut compared = 0;
         for node in &partners.live {
             let (mut peer, mut pace) =
                 (remote(node), Duty { verifier: &self.verifier, speed: Speed::OnDemand });
             let mut comparison = Comparison::new(&worker, &mut reader, &mut peer, &mut pace);
-            comparison
-                .run(table, &mut |found| repair.take(found))
-                .map_err(|e| format!("node {node}: {e}"))?;
+            match comparison.run(table, &mut |found| repair.take(found)) {
+                Ok(()) => compared += 1,
+                Err(e @ (CompareError::AwayThere | CompareError::AwayHere)) => {
+                    comparison.compared.left_out.push(e.to_string());
+                }
+                Err(e) => return Err(format!("node {node}: {e}")),
+            }
             repair.done.left += comparison.compared.unsettled;
             let left_out = std::mem::take(&mut comparison.compared.left_out).into_iter();
             repair.done.not_compared.extend(left_out.map(|why| format!("with node {node}: {why}")));
+        }
+        if compared == 0 {
+            return Err(format!("nothing could be compared: {}", repair.done.not_compared.join("; ")));
         }
         Ok(repair.done)
     }

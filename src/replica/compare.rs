@@ -7,9 +7,8 @@ use std::time::{Duration, Instant};
 use super::ReplicaError;
 use super::verify::{Owner, Reader};
 use crate::core::digest::{Difference, Hash, Layout, Seen, Verdict, judge};
-use crate::core::vector::Vector;
 use crate::core::verify::{
-    Key, LOOKUP_BYTES, LOOKUP_KEYS, Lookup, Question, RANGE_ROWS, Range, Reply, key_size,
+    Held, Key, LOOKUP_BYTES, LOOKUP_KEYS, Lookup, Question, RANGE_ROWS, Range, Reply, key_size,
 };
 
 /// Rows that may differ are looked at when there are this many of them.
@@ -32,6 +31,18 @@ pub enum CompareError {
     /// What the peer answered is no answer to the question.
     #[error("its answer does not fit the question: is it another release?")]
     Nonsense,
+    /// What is here and not there may have been deleted, and that is forgotten.
+    #[error(
+        "it was away while deletes were forgotten that it has never heard of: it is compared once it has taken in a copy of \
+         a peer's file"
+    )]
+    AwayThere,
+    /// The other way round.
+    #[error(
+        "it has forgotten deletes that this node, which was away, has never heard of: it is compared once this node has \
+         taken in a copy of a peer's file"
+    )]
+    AwayHere,
     /// This node is ending.
     #[error("this node is ending")]
     Ending,
@@ -114,9 +125,10 @@ impl<'a> Comparison<'a> {
         found: &mut dyn FnMut(Vec<Finding>) -> Result<()>,
     ) -> Result<()> {
         let ours = self.reader.layouts(self.owner)?;
-        let Reply::Layouts(theirs) = self.peer.ask(Question::Layouts)? else {
+        let Reply::Layouts(theirs, held) = self.peer.ask(Question::Layouts)? else {
             return Err(CompareError::Nonsense);
         };
+        comparable(&self.owner.held()?, &held)?;
         let wanted = |l: &&Layout| only.is_none_or(|t| l.table.eq_ignore_ascii_case(t));
         for layout in ours.iter().filter(wanted) {
             match theirs.iter().find(|l| l.table == layout.table) {
@@ -236,23 +248,33 @@ impl<'a> Comparison<'a> {
     fn look(&mut self, layout: &Layout, keys: Vec<Key>) -> Result<Vec<(Seen, Seen, Verdict)>> {
         let count = keys.len();
         let lookup = Lookup { layout: layout.clone(), keys, later_than_ms: None };
-        let (ours, our_vector) = self.owner.look_up(&lookup)?;
-        let (theirs, their_vector) = look_there(self.peer, lookup)?;
+        let (ours, our_held) = self.owner.look_up(&lookup)?;
+        let (theirs, their_held) = look_there(self.peer, lookup)?;
+        // More may have been forgotten since the comparison began.
+        comparable(&our_held, &their_held)?;
         debug_assert_eq!(ours.len(), count);
         let pairs = ours.into_iter().zip(theirs);
         let judged = pairs.map(|(ours, theirs)| {
-            let verdict = judge(&ours, &our_vector, &theirs, &their_vector);
+            let verdict = judge(&ours, &our_held.vector, &theirs, &their_held.vector);
             (ours, theirs, verdict)
         });
         Ok(judged.collect())
     }
 }
 
+/// Whether a row that only one of two nodes has tells anything.
+fn comparable(ours: &Held, theirs: &Held) -> Result<()> {
+    if theirs.misses_forgotten(ours) {
+        return Err(CompareError::AwayThere);
+    }
+    if ours.misses_forgotten(theirs) { Err(CompareError::AwayHere) } else { Ok(()) }
+}
+
 /// Asks a peer what it sees of rows.
-pub fn look_there(peer: &mut dyn Peer, lookup: Lookup) -> Result<(Vec<Seen>, Vector)> {
+pub fn look_there(peer: &mut dyn Peer, lookup: Lookup) -> Result<(Vec<Seen>, Held)> {
     let count = lookup.keys.len();
     match peer.ask(Question::Lookup(lookup))? {
-        Reply::Seen(seen, vector) if seen.len() == count => Ok((seen, vector)),
+        Reply::Seen(seen, held) if seen.len() == count => Ok((seen, held)),
         _ => Err(CompareError::Nonsense),
     }
 }

@@ -58,7 +58,7 @@ impl LogReading {
     }
 
     /// This log does not help, for a while.
-    fn leave(&mut self, site: SiteId, now_ms: u64) {
+    pub(super) fn leave(&mut self, site: SiteId, now_ms: u64) {
         self.next.remove(&site);
         self.useless.insert(site, now_ms + PAUSE_MS);
     }

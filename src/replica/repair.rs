@@ -13,7 +13,7 @@ use crate::core::schema::MASK_BITS;
 use crate::core::sqltext::list;
 use crate::core::value::{Value, ValueRef};
 use crate::core::vector::Vector;
-use crate::core::verify::{Cell, Key};
+use crate::core::verify::{Cell, Held, Key};
 use crate::core::version::{Hlc, Version};
 
 /// How far ahead rows that are written again are dated: peers write later ones from when they are asked, and all of
@@ -27,7 +27,7 @@ pub struct Restamp {
     /// Their keys.
     pub keys: Vec<Key>,
     /// What each peer saw of them, and held then. From then on it writes with later clocks than `clock_ms`.
-    pub peers: Vec<(Vec<Seen>, Vector)>,
+    pub peers: Vec<(Vec<Seen>, Held)>,
     /// The clock to write them with, in milliseconds since 1970.
     pub clock_ms: u64,
 }
@@ -66,9 +66,15 @@ impl Store {
             let plan = plan.ok_or_else(|| ReplicaError::NoTable(order.layout.table.clone()))?;
             let (_, places) = Layout::of(&plan.table);
             let seen = store.see(&order.layout, &order.keys)?;
+            let held = store.held();
+            // What only one of them has says nothing where deletes were forgotten that the other has never heard of.
+            let comparable =
+                |p: &&(Vec<Seen>, Held)| !p.1.misses_forgotten(&held) && !held.misses_forgotten(&p.1);
+            let peers: Vec<_> = order.peers.iter().filter(comparable).collect();
             let mut fates = Vec::new();
             for (i, ours) in seen.iter().enumerate() {
-                let theirs: Vec<_> = order.peers.iter().filter_map(|(s, v)| Some((s.get(i)?, v))).collect();
+                let theirs: Vec<_> =
+                    peers.iter().filter_map(|(s, held)| Some((s.get(i)?, &held.vector))).collect();
                 let fate = match decide(ours, &store.head.vector, &theirs, &places) {
                     Ok(entry) => {
                         store.log_entry(&plan, &order.keys[i], &entry, order.clock_ms)?;

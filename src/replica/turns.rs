@@ -38,6 +38,16 @@ impl Engine {
         }
     }
 
+    /// A commit of another history than the one that is here. Its rows come from a file that has them, and whose site
+    /// that is leaves it once it hears of the other history.
+    fn refuse_fork(&mut self, site: SiteId, name: &str, n: u64, now_ms: u64) {
+        self.refuse(&format!(
+            "a commit of {name}: it follows another commit {n} than the one that is here, because a file of site {site} \
+             was copied or went back"
+        ));
+        self.logs.leave(site, now_ms);
+    }
+
     fn next_of(&mut self, site: SiteId, vector: &Vector, now_ms: u64) -> Option<PeerCommit> {
         let stopped: Vec<SiteId> =
             self.feeds.iter().filter(|(_, f)| f.stopped.is_some()).map(|(s, _)| *s).collect();
@@ -56,6 +66,13 @@ impl Engine {
         }
         let first = feed.pending.first_key_value().map(|(_, c)| &c.header)?;
         if first.from > n {
+            return None;
+        }
+        let held_id = vector.0.get(&site).map_or(0, |p| p.id);
+        if first.from == n && first.prev != held_id {
+            let (_, commit) = feed.pending.pop_first()?;
+            feed.bytes -= commit.body.len();
+            self.refuse_fork(site, &name, n, now_ms);
             return None;
         }
         if first.hlc.ms() > latest_ms {

@@ -22,9 +22,9 @@ use crate::core::digest::{Digest, Hash, Layout, RowHasher, Seen, SeenState};
 use crate::core::merge::RowState;
 use crate::core::sqltext::{ident, list};
 use crate::core::value::{Value, ValueRef};
-use crate::core::vector::Vector;
 use crate::core::verify::{
-    Cell, Key, LOOKUP_BYTES, LOOKUP_KEYS, Lookup, Question, RANGE_BYTES, RANGE_ROWS, Range, Reply, key_size,
+    Cell, Held, Key, LOOKUP_BYTES, LOOKUP_KEYS, Lookup, Question, RANGE_BYTES, RANGE_ROWS, Range, Reply,
+    key_size,
 };
 use crate::core::version::Hlc;
 use crate::sqlite::{self, value::get};
@@ -46,7 +46,9 @@ pub trait Owner {
     /// Puts back triggers that were taken away without a change of the schema's version.
     fn put_back_triggers(&self) -> Result<()>;
     /// Reads single rows, in a transaction that has absorbed everything.
-    fn look_up(&self, lookup: &Lookup) -> Result<(Vec<Seen>, Vector)>;
+    fn look_up(&self, lookup: &Lookup) -> Result<(Vec<Seen>, Held)>;
+    /// What the file holds.
+    fn held(&self) -> Result<Held>;
     /// A connection in a read transaction that stands at a state which is wholly absorbed.
     fn snapshot(&self) -> Result<Connection>;
     /// What all files of the database share.
@@ -97,7 +99,7 @@ impl Reader {
     /// Answers a peer's question.
     pub fn answer(&mut self, owner: &dyn Owner, question: &Question) -> Result<Reply> {
         match question {
-            Question::Layouts => Ok(Reply::Layouts(self.layouts(owner)?)),
+            Question::Layouts => Ok(Reply::Layouts(self.layouts(owner)?, owner.held()?)),
             Question::Range(range, theirs) => {
                 let limit = RANGE_ROWS * 2;
                 let part = self.digest(owner, range, limit)?;
@@ -108,8 +110,8 @@ impl Reader {
                 Ok(Reply::Rows(rows, end))
             }
             Question::Lookup(lookup) => {
-                let (seen, vector) = owner.look_up(lookup)?;
-                Ok(Reply::Seen(seen, vector))
+                let (seen, held) = owner.look_up(lookup)?;
+                Ok(Reply::Seen(seen, held))
             }
         }
     }
@@ -262,11 +264,11 @@ fn range_sql(plan: &Plan, order: &[usize], range: &Range) -> String {
 
 impl Engine {
     /// Reads single rows; see [`Store::look_up`].
-    pub fn look_up(&mut self, lookup: &Lookup, now_ms: u64) -> Result<(Vec<Seen>, Vector)> {
+    pub fn look_up(&mut self, lookup: &Lookup, now_ms: u64) -> Result<(Vec<Seen>, Held)> {
         let latest_ms = self.clocks().latest_ms(now_ms, self.store().head().hlc.ms());
-        let (own, seen, vector) = self.store_mut().look_up(lookup, latest_ms)?;
+        let (own, seen, held) = self.store_mut().look_up(lookup, latest_ms)?;
         self.publish(own);
-        Ok((seen, vector))
+        Ok((seen, held))
     }
 
     /// Puts back triggers that are missing; see [`Store::put_back_triggers`].
@@ -304,9 +306,13 @@ impl Owner for WorkerHandle {
         self.call(Engine::put_back_triggers).ok_or(ReplicaError::Ended)?
     }
 
-    fn look_up(&self, lookup: &Lookup) -> Result<(Vec<Seen>, Vector)> {
+    fn look_up(&self, lookup: &Lookup) -> Result<(Vec<Seen>, Held)> {
         let lookup = lookup.clone();
         self.call(move |e| e.look_up(&lookup, steady_ms())).ok_or(ReplicaError::Ended)?
+    }
+
+    fn held(&self) -> Result<Held> {
+        self.call(|e| e.store().held()).ok_or(ReplicaError::Ended)
     }
 
     fn snapshot(&self) -> Result<Connection> {
@@ -327,6 +333,11 @@ impl Owner for WorkerHandle {
 }
 
 impl Store {
+    /// What the file holds.
+    pub fn held(&self) -> Held {
+        Held { vector: self.head.vector.clone(), collected: self.head.collected.clone() }
+    }
+
     /// The schema's version when the tables were read last.
     pub fn schema_version(&self) -> i64 {
         self.schema_version
@@ -401,7 +412,7 @@ impl Store {
         &mut self,
         lookup: &Lookup,
         latest_ms: u64,
-    ) -> Result<(Option<OwnCommit>, Vec<Seen>, Vector)> {
+    ) -> Result<(Option<OwnCommit>, Vec<Seen>, Held)> {
         let bytes: usize = lookup.keys.iter().map(key_size).sum();
         if lookup.keys.len() > LOOKUP_KEYS || bytes > LOOKUP_BYTES && lookup.keys.len() > 1 {
             return Err(ReplicaError::TooMuch);
@@ -416,7 +427,7 @@ impl Store {
             }
             store.save_clock()?;
             let seen = store.see(&lookup.layout, &lookup.keys)?;
-            Ok((own, seen, store.head.vector.clone()))
+            Ok((own, seen, store.held()))
         })
     }
 

@@ -168,6 +168,9 @@ pub struct DatabaseStatus {
     /// Deletes that are not remembered any more, because all nodes have applied them long ago.
     #[serde(default)]
     pub deletes_forgotten: u64,
+    /// The node whose file is taken in, because this one was away for too long to be sent what has changed.
+    #[serde(default)]
+    pub needs_copy: Option<String>,
     /// What happened to the file: it was restored, came back after a long time; the latest last.
     #[serde(default)]
     pub events: Vec<FileEvent>,
@@ -273,6 +276,9 @@ pub(super) fn example() -> Status {
         vector: BTreeMap::from([("00000000000000a1".into(), 7)]),
         commits_published: 1204,
         conflicts: 3,
+        events: ['1', '2', '3', '4']
+            .map(|day| FileEvent { at: format!("2026-01-0{day}T03:00:00Z"), what: format!("event {day}") })
+            .into(),
         moved_rows: BTreeMap::from([("invoice".into(), 2)]),
         verified: Some(Verified {
             at: "2026-01-02T03:00:00Z".into(),
@@ -298,6 +304,7 @@ pub(super) fn example() -> Status {
         bytes: 3_000_000,
         bytes_per_s: 1_500_000.0,
     });
+    stopped.needs_copy = Some("n3".into());
     stopped.stopped = vec!["table \"invoice\" has no column \"paid\" here: run the same migration".into()];
     Status {
         node: "n1".into(),

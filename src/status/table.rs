@@ -9,6 +9,8 @@ use super::model::{CatchingUp, DatabaseStatus, FabricStatus, PeerStatus, Status,
 pub const DEFAULT_WIDTH: u16 = 80;
 /// The width of the words at the left of the first lines.
 const LABEL_WIDTH: u16 = 10;
+/// How many events of a file are shown, the newest.
+const EVENTS_SHOWN: usize = 3;
 
 /// The status as lines of text.
 pub fn render(status: &Status, width: u16) -> String {
@@ -114,6 +116,15 @@ fn notes(databases: &[DatabaseStatus], width: u16) -> String {
         if let Some(c) = &d.catching_up {
             let text = format!("{}: {}", clean(&d.name), clean(&catching_up(c)));
             lines.add_row(["catches up".to_owned(), text]);
+        }
+        if let Some(node) = &d.needs_copy {
+            let text =
+                "was away for too long to be sent what has changed: takes in a copy of the file of node";
+            lines.add_row(["copy".to_owned(), format!("{}: {text} {}", clean(&d.name), clean(node))]);
+        }
+        for event in d.events.iter().rev().take(EVENTS_SHOWN) {
+            let text = format!("{}: {}: {}", clean(&d.name), clean(&event.at), clean(&event.what));
+            lines.add_row(["event".to_owned(), text]);
         }
         if d.null_key_rows > 0 {
             let text = format!("{}: {} rows stay here: their key is NULL", clean(&d.name), d.null_key_rows);
@@ -230,6 +241,10 @@ mod tests {
         assert_eq!(row("orders"), "orders stopped n3 120 4 0 3");
         assert!(row("stopped").starts_with("stopped orders: table \"invoice\""));
         assert!(row("ready").starts_with("ready NO: database orders"));
+        assert!(row("copy").starts_with("copy orders: was away for too long"));
+        assert_eq!(row("event"), "event app: 2026-01-04T03:00:00Z: event 4", "the newest first");
+        let shown = |day: u32| text.contains(&format!("event {day}"));
+        assert!(shown(3) && shown(2) && !shown(1), "{text}");
     }
 
     #[test]

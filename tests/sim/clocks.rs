@@ -2,8 +2,7 @@
 
 use litemesh::core::digest::{Layout, Seen};
 use litemesh::core::skew::Clocks;
-use litemesh::core::vector::Vector;
-use litemesh::core::verify::{Cell, Lookup};
+use litemesh::core::verify::{Cell, Held, Lookup};
 use litemesh::core::version::SiteId;
 use litemesh::replica::repair::{Fate, Restamp};
 
@@ -237,7 +236,7 @@ fn nobody_is_shadowed_for_ever_by_clocks_that_are_off() {
     }
 }
 
-fn look(site: &mut Site, layout: &Layout, later_than_ms: Option<u64>) -> (Vec<Seen>, Vector) {
+fn look(site: &mut Site, layout: &Layout, later_than_ms: Option<u64>) -> (Vec<Seen>, Held) {
     let lookup = Lookup { layout: layout.clone(), keys: vec![vec![Cell::Int(1)]], later_than_ms };
     site.engine.look_up(&lookup, START_MS).unwrap()
 }

@@ -7,13 +7,14 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use litemesh::core::digest::Seen;
+use litemesh::core::digest::{Layout, Seen};
 use litemesh::core::value::Value;
-use litemesh::core::vector::Vector;
-use litemesh::core::verify::{Cell, Key, Lookup, Question, Reply};
+use litemesh::core::verify::{Cell, Held, Key, Lookup, Question, Reply};
 use litemesh::replica::compare::{Compared, Comparison, Finding, Pace, Peer, batches, look_there};
+use litemesh::replica::forget::Forgetting;
 use litemesh::replica::plan::Plan;
 use litemesh::replica::repair::{Fate, Restamp};
+use litemesh::replica::unite::PeerFile;
 use litemesh::replica::verify::{Owner, Reader};
 use litemesh::replica::{ReplicaError, compare};
 use rand::rngs::StdRng;
@@ -22,7 +23,9 @@ use rusqlite::Connection;
 use rusqlite::config::DbConfig;
 
 use crate::history::{History, Options, Tables, WORLDS};
+use crate::rare::{copy_into, forget, meet};
 use crate::seeds;
+use crate::site::{SCHEMA, START_MS, Site, duo};
 use crate::world::World;
 
 type Shared = Rc<RefCell<World>>;
@@ -48,10 +51,14 @@ impl Owner for Member {
         self.world.borrow_mut().engine(self.node).put_back_triggers()
     }
 
-    fn look_up(&self, lookup: &Lookup) -> Result<(Vec<Seen>, Vector), ReplicaError> {
+    fn look_up(&self, lookup: &Lookup) -> Result<(Vec<Seen>, Held), ReplicaError> {
         let mut world = self.world.borrow_mut();
         let now_ms = world.now_ms();
         world.engine(self.node).look_up(lookup, now_ms)
+    }
+
+    fn held(&self) -> Result<Held, ReplicaError> {
+        Ok(self.world.borrow_mut().engine(self.node).store().held())
     }
 
     fn snapshot(&self) -> Result<Connection, ReplicaError> {
@@ -152,6 +159,133 @@ fn compare_two(
         })
         .unwrap();
     comparison.compared
+}
+
+/// One site of a history that is written out, as its reader sees it.
+struct Alone<'a>(RefCell<&'a mut Site>);
+
+impl Owner for Alone<'_> {
+    fn plans(&self) -> Result<(Vec<Arc<Plan>>, i64), ReplicaError> {
+        let site = self.0.borrow();
+        let store = site.engine.store();
+        Ok((store.plans().cloned().collect(), store.schema_version()))
+    }
+
+    fn absorb(&self) -> Result<(), ReplicaError> {
+        self.0.borrow_mut().engine.absorb()
+    }
+
+    fn put_back_triggers(&self) -> Result<(), ReplicaError> {
+        self.0.borrow_mut().engine.put_back_triggers()
+    }
+
+    fn look_up(&self, lookup: &Lookup) -> Result<(Vec<Seen>, Held), ReplicaError> {
+        self.0.borrow_mut().engine.look_up(lookup, START_MS)
+    }
+
+    fn held(&self) -> Result<Held, ReplicaError> {
+        Ok(self.0.borrow().engine.store().held())
+    }
+
+    fn snapshot(&self) -> Result<Connection, ReplicaError> {
+        panic!("nobody writes meanwhile");
+    }
+
+    fn lineage(&self) -> Result<u64, ReplicaError> {
+        Ok(self.0.borrow().engine.store().head().lineage)
+    }
+
+    fn repair_date_ms(&self) -> Result<u64, ReplicaError> {
+        Ok(self.0.borrow().engine.repair_date_ms(START_MS))
+    }
+
+    fn restamp(&self, order: Restamp) -> Result<Vec<Fate>, ReplicaError> {
+        self.0.borrow_mut().engine.restamp(&order)
+    }
+}
+
+/// The other of two such sites.
+struct Answering<'a>(&'a Alone<'a>, Reader);
+
+impl Peer for Answering<'_> {
+    fn ask(&mut self, question: Question) -> compare::Result<Reply> {
+        Ok(self.1.answer(self.0, &question)?)
+    }
+}
+
+struct Hurried;
+
+impl Pace for Hurried {
+    fn worked(&mut self, _: Duration) -> compare::Result<()> {
+        Ok(())
+    }
+
+    fn pause(&mut self, _: Duration) -> compare::Result<()> {
+        Ok(())
+    }
+
+    fn patience(&self) -> Duration {
+        Duration::ZERO
+    }
+}
+
+/// What comparing two sites comes to: the findings, or why they are not compared.
+fn compare_sites(a: &mut Site, b: &mut Site) -> Result<Vec<Finding>, String> {
+    let reader = |s: &Site| Reader::with_connection(Connection::open(&s.uri).unwrap());
+    let (mut here, there) = (reader(a), reader(b));
+    let (a, b) = (Alone(RefCell::new(a)), Alone(RefCell::new(b)));
+    let mut peer = Answering(&b, there);
+    let mut found = Vec::new();
+    let result = Comparison::new(&a, &mut here, &mut peer, &mut Hurried).run(None, &mut |f| {
+        found.extend(f);
+        Ok(())
+    });
+    result.map(|()| found).map_err(|e| e.to_string())
+}
+
+#[test]
+fn who_was_away_while_deletes_were_forgotten_is_not_compared_until_it_has_taken_a_copy() {
+    let (mut a, mut b) = duo("compared");
+    let mut c = Site::new("compared", "c", 3, 7, SCHEMA);
+    for s in [&mut a, &mut b, &mut c] {
+        s.engine.remember(Forgetting { me: Some(s.name.clone()), age_ms: 1_000, absent_ms: 100_000 });
+    }
+    a.write("INSERT INTO t VALUES(1, 'doomed'), (2, 'stays')");
+    meet(&mut [&mut a, &mut b, &mut c], START_MS);
+    assert!(compare_sites(&mut a, &mut c).unwrap().is_empty());
+    a.write("DELETE FROM t WHERE id = 1");
+    // Applied by both and not forgotten yet: the tombstone tells.
+    meet(&mut [&mut a, &mut b], START_MS + 150_000);
+    assert!(compare_sites(&mut a, &mut c).unwrap().is_empty());
+    let now_ms = forget(&mut [&mut a, &mut b], START_MS + 300_000);
+    assert!(a.engine.collected_rows() > 0 && b.engine.collected_rows() > 0);
+    assert!(compare_sites(&mut a, &mut b).unwrap().is_empty());
+    let why = |result: Result<Vec<Finding>, String>| result.expect_err("not compared");
+    assert!(why(compare_sites(&mut a, &mut c)).contains("it was away"));
+    assert!(why(compare_sites(&mut c, &mut b)).contains("this node, which was away"));
+    // Asked all the same, it is not believed: its row is not deleted by a repair, nor does it come back by one.
+    let layout = Layout::of(&a.engine.store().plans().next().unwrap().table).0;
+    let keys = vec![vec![Cell::Int(1)]];
+    for (right, other) in [(0, 2), (2, 1)] {
+        let all = [&mut a, &mut b, &mut c];
+        let clock_ms = all[right].engine.repair_date_ms(START_MS);
+        let lookup = Lookup { layout: layout.clone(), keys: keys.clone(), later_than_ms: None };
+        let seen = all[other].engine.look_up(&lookup, START_MS).unwrap();
+        let order = Restamp { layout: layout.clone(), keys: keys.clone(), peers: vec![seen], clock_ms };
+        assert_eq!(all[right].engine.restamp(&order).unwrap(), [Fate::Equal]);
+    }
+    let mut copy = Connection::open_in_memory().unwrap();
+    copy_into(&a.app, &mut copy);
+    let file = PeerFile::with_connection(copy, &std::env::temp_dir()).unwrap();
+    c.engine.unite(file, "was away", now_ms, now_ms).unwrap();
+    assert_eq!(c.rows(), "2=stays");
+    for other in [&mut a, &mut b] {
+        assert!(compare_sites(other, &mut c).unwrap().is_empty());
+        assert!(compare_sites(&mut c, other).unwrap().is_empty());
+    }
+    // What was changed behind its back is found again.
+    c.app.execute_batch("BEGIN; UPDATE t SET v = 'wrong'; DELETE FROM __litemesh_log; COMMIT").unwrap();
+    assert_eq!(compare_sites(&mut a, &mut c).unwrap().len(), 1);
 }
 
 fn keys(findings: &[Finding]) -> BTreeSet<(String, String)> {

@@ -62,7 +62,7 @@ fn ask(asker: &mut Site, holder: &mut Site, now_ms: u64) -> Message {
     take(holder, is_page)
 }
 
-fn copy_into(from: &Connection, to: &mut Connection) {
+pub fn copy_into(from: &Connection, to: &mut Connection) {
     Backup::new(from, to).unwrap().step(-1).unwrap();
 }
 
@@ -158,24 +158,86 @@ fn a_copy_that_runs_on_while_the_original_is_cut_off_is_another_site() {
     assert_eq!((a.rows().as_str(), b.rows().as_str(), c.rows().as_str()), (all, all, all));
 }
 
-#[test]
-fn a_copy_that_runs_on_under_the_same_site_is_told_as_a_fork() {
-    let (mut a, mut b) = duo("forked");
-    a.write("INSERT INTO t VALUES(1, 'before')");
-    let uri = "file:scripted-forked-c?mode=memory&cache=shared";
-    let mut file = Connection::open(uri).unwrap();
-    copy_into(&a.app, &mut file);
-    let mut c = Site::open(uri, "c", SchemaMode::Manual);
-    a.write("INSERT INTO t VALUES(2, 'of a')");
-    c.write("INSERT INTO t VALUES(3, 'of c')");
+/// A copy of a file that goes on under its site at once, as one made together with the state directory does.
+fn twin(of: &Site, test: &str) -> (Connection, Site) {
+    let uri = format!("file:scripted-{test}-c?mode=memory&cache=shared");
+    let mut file = Connection::open(&uri).unwrap();
+    copy_into(&of.app, &mut file);
+    let site = Site::open(&uri, "c", SchemaMode::Manual);
+    (file, site)
+}
+
+/// Both copies run on, by this many commits each, and are heard of one after the other.
+fn run_on_as_one_site(at_a: usize, at_c: usize, while_running: bool) {
+    let test = format!("forked-{at_a}-{at_c}-{while_running}");
+    let (mut a, mut b) = duo(&test);
+    let old = a.site();
+    a.write("INSERT INTO t VALUES(1, 'before'), (2, 'before'), (3, 'before')");
     meet(&mut [&mut a, &mut b], START_MS);
-    c.engine.greet(&b.name);
-    c.settle(START_MS + 300_000);
-    for (_, message) in std::mem::take(&mut c.messages) {
-        b.hear(&c.name, message, START_MS + 300_000);
+    let (_file, mut c) = twin(&a, &test);
+    if !while_running {
+        let again = Site::open(&a.uri, "a", SchemaMode::Manual);
+        a = again;
     }
-    b.settle(START_MS + 300_000);
-    assert!(b.warnings.iter().any(|w| w.contains("has another history of site")), "{:?}", b.warnings);
+    for i in 0..at_a {
+        a.write(&format!("INSERT INTO t VALUES({}, 'of a'); UPDATE t SET v = 'a{i}' WHERE id = 1", 10 + i));
+    }
+    for i in 0..at_c {
+        c.write(&format!("INSERT INTO t VALUES({}, 'of c'); UPDATE t SET v = 'c{i}' WHERE id = 2", 20 + i));
+    }
+    meet(&mut [&mut a, &mut b], START_MS + 300_000);
+    meet(&mut [&mut b, &mut c], START_MS + 600_000);
+    b.write("INSERT INTO t VALUES(30, 'of b')");
+    meet(&mut [&mut a, &mut b, &mut c], START_MS + 900_000);
+    let news: Vec<SiteId> = [&a, &c].iter().map(|s| s.site()).collect();
+    assert!(!news.contains(&old) && news[0] != news[1], "{test}: {news:?}");
+    for s in [&a, &b, &c] {
+        assert_eq!((s.rows(), s.stopped().as_str()), (a.rows(), ""), "{test}: {}", s.name);
+        let conflicts = s.engine.store().conflict_counts().unwrap().open;
+        let updates = [format!("1=a{}", at_a - 1), format!("2=c{}", at_c - 1)];
+        let lost = updates.iter().filter(|u| !s.rows().contains(*u)).count() as u64;
+        assert!(if while_running { conflicts >= lost } else { lost == 0 }, "{test}: {}", s.rows());
+    }
+    let mut expected: Vec<usize> = (1..4).chain(10..10 + at_a).chain(20..20 + at_c).chain([30]).collect();
+    expected.sort_unstable();
+    let ids = b.text("SELECT group_concat(id, ' ') FROM (SELECT id FROM t ORDER BY id)");
+    assert_eq!(ids, expected.iter().map(ToString::to_string).collect::<Vec<_>>().join(" "), "{test}");
+    // And they go on.
+    a.write("UPDATE t SET v = 'later of a' WHERE id = 3");
+    c.write("DELETE FROM t WHERE id = 30");
+    meet(&mut [&mut a, &mut b, &mut c], START_MS + 1_500_000);
+    assert!(b.rows().contains("3=later of a") && !b.rows().contains("30="), "{test}: {}", b.rows());
+    assert_eq!((a.rows(), c.rows()), (b.rows(), b.rows()), "{test}");
+}
+
+#[test]
+fn a_site_that_runs_on_at_two_nodes_is_left_by_both_and_nothing_is_lost() {
+    for (at_a, at_c) in [(1, 1), (2, 2), (3, 1), (1, 3)] {
+        run_on_as_one_site(at_a, at_c, false);
+        run_on_as_one_site(at_a, at_c, true);
+    }
+}
+
+#[test]
+fn a_commit_that_follows_another_than_the_one_here_is_not_applied() {
+    let (mut a, mut b) = duo("prev");
+    let site = a.site();
+    let first = a.write("INSERT INTO t VALUES(1, 'before')");
+    let (_file, mut c) = twin(&a, "prev");
+    let of_a = a.write("INSERT INTO t VALUES(2, 'of a')");
+    let of_c = [c.write("INSERT INTO t VALUES(3, 'of c')"), c.write("INSERT INTO t VALUES(4, 'of c')")];
+    // Both files' commits come in under one site: the second of c is number 3, and that of a was number 2.
+    for commit in [&first, &of_a, &of_c[0], &of_c[1]] {
+        b.take(site, commit);
+        b.settle(START_MS);
+    }
+    assert_eq!((b.rows().as_str(), b.engine.store().head().vector.n(site)), ("1=before 2=of a", 2));
+    assert!(b.warnings.iter().any(|w| w.contains("follows another commit 2")), "{:?}", b.warnings);
+    meet(&mut [&mut b, &mut c], START_MS + 300_000);
+    meet(&mut [&mut a, &mut b, &mut c], START_MS + 600_000);
+    let all = "1=before 2=of a 3=of c 4=of c";
+    assert_eq!((a.rows().as_str(), b.rows().as_str(), c.rows().as_str()), (all, all, all));
+    assert_ne!(a.site(), c.site());
 }
 
 #[test]
@@ -396,4 +458,54 @@ fn a_page_that_comes_after_the_delete_was_forgotten_brings_nothing_back() {
     assert_eq!((united.removed, c.rows().as_str()), (1, "2=stays"));
     meet(&mut [&mut a, &mut b, &mut c], now_ms + 100_000);
     assert_eq!((a.rows(), b.rows(), c.rows()), (b.rows(), c.rows(), "2=stays".to_owned()));
+}
+
+fn peer_file(of: &Site) -> PeerFile {
+    let mut copy = Connection::open_in_memory().unwrap();
+    copy_into(&of.app, &mut copy);
+    PeerFile::with_connection(copy, &std::env::temp_dir()).unwrap()
+}
+
+/// Each has forgotten deletes that the other has not heard of, and has writes that the other has not.
+fn both_away(test: &str, at_once: bool) {
+    let (mut a, mut b) = duo(test);
+    for s in [&mut a, &mut b] {
+        s.engine.remember(Forgetting { me: Some(s.name.clone()), age_ms: 1_000, absent_ms: 100_000 });
+    }
+    a.write(
+        "INSERT INTO t VALUES(1, 'x'), (2, 'x'), (3, 'x'), (4, 'x'), (5, 'x'), (6, 'x'), (7, 'x'), (8, 'x')",
+    );
+    meet(&mut [&mut a, &mut b], START_MS);
+    a.write("DELETE FROM t WHERE id IN (1, 3, 5, 6); INSERT INTO t VALUES(10, 'of a'), (20, 'a')");
+    a.write("UPDATE t SET v = 'of a' WHERE id IN (4, 8)");
+    b.write("DELETE FROM t WHERE id IN (2, 3, 6, 8); INSERT INTO t VALUES(11, 'of b'), (20, 'b')");
+    b.write("UPDATE t SET v = 'of b' WHERE id IN (5, 7); INSERT INTO t VALUES(6, 'again')");
+    let now_ms = forget(&mut [&mut a], START_MS + 300_000).max(forget(&mut [&mut b], START_MS + 300_000));
+    assert!(a.engine.collected_rows() >= 4 && b.engine.collected_rows() >= 3);
+    meet(&mut [&mut a, &mut b], now_ms);
+    let now_ms = now_ms + 200_000;
+    let needs = |s: &Site| s.engine.needs_copy(now_ms).map(|n| n.to_string());
+    assert_eq!((needs(&a).as_deref(), needs(&b).as_deref()), (Some("b"), Some("a")));
+    let (of_a, of_b) = (at_once.then(|| peer_file(&a)), peer_file(&b));
+    a.engine.unite(of_b, "was away", now_ms, now_ms).unwrap();
+    let of_a = of_a.unwrap_or_else(|| peer_file(&a));
+    b.engine.unite(of_a, "was away", now_ms, now_ms).unwrap();
+    meet(&mut [&mut a, &mut b], now_ms + 100_000);
+    assert_eq!((needs(&a), needs(&b)), (None, None));
+    let rows = a.rows();
+    assert_eq!(rows, b.rows());
+    let fixed = rows.rsplit_once(" 20=").unwrap().0;
+    assert_eq!(fixed, "4=of a 6=again 7=of b 10=of a 11=of b");
+    // The updates of the rows that the other had deleted, and the other row of the two, are kept.
+    let kept = "SELECT group_concat(hex(id)) FROM (SELECT id FROM __litemesh_conflicts ORDER BY id)";
+    assert_eq!(a.text(kept), b.text(kept));
+    let losers = a.text("SELECT group_concat(loser) FROM __litemesh_conflicts");
+    assert!(losers.contains("of a") && losers.contains("of b"), "{losers}");
+    assert_eq!(a.engine.store().conflict_counts().unwrap().open, 3);
+}
+
+#[test]
+fn two_that_were_both_away_past_retention_lose_nothing_that_either_wrote() {
+    both_away("both-away-at-once", true);
+    both_away("both-away-in-turn", false);
 }

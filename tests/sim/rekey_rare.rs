@@ -59,10 +59,10 @@ fn differences(all: &mut [Site], (a, b): (usize, usize)) -> BTreeSet<(String, i6
         }
         let keys: Vec<Key> = ids.iter().map(|id| vec![Cell::Int(*id)]).collect();
         let lookup = Lookup { layout: layout.clone(), keys, later_than_ms: None };
-        let (ours, our_vector) = all[a].engine.look_up(&lookup, START_MS).unwrap();
-        let (theirs, their_vector) = all[b].engine.look_up(&lookup, START_MS).unwrap();
+        let (ours, our_held) = all[a].engine.look_up(&lookup, START_MS).unwrap();
+        let (theirs, their_held) = all[b].engine.look_up(&lookup, START_MS).unwrap();
         for (id, (ours, theirs)) in ids.into_iter().zip(ours.iter().zip(&theirs)) {
-            if let Verdict::Differs(how) = judge(ours, &our_vector, theirs, &their_vector) {
+            if let Verdict::Differs(how) = judge(ours, &our_held.vector, theirs, &their_held.vector) {
                 found.insert((layout.table.clone(), id, format!("{how:?}")));
             }
         }

@@ -17,6 +17,7 @@ pub const START_MS: u64 = 1_900_000_000_000;
 
 pub struct Site {
     pub name: NodeName,
+    pub uri: String,
     pub app: Connection,
     pub engine: Engine,
     /// Commits that were published and not delivered: pieces.
@@ -55,7 +56,8 @@ impl Site {
         // The clock of these histories is years ahead of that of SQLite.
         engine.keep_conflicts(Retention { age_ms: u64::MAX, ..Retention::default() });
         let name = name.parse().unwrap();
-        Self { name, app, engine, commits: Vec::new(), messages: Vec::new(), warnings: Vec::new() }
+        let uri = uri.to_owned();
+        Self { name, uri, app, engine, commits: Vec::new(), messages: Vec::new(), warnings: Vec::new() }
     }
 
     pub fn site(&self) -> SiteId {
