@@ -173,3 +173,100 @@ fn a_file_with_rows_of_its_own_is_united_by_key_with_merge() {
     conflicts(&b, &["restore", "app.db", id]);
     wait_for("it is back everywhere", || rows(&a) == "both=of b first=1 only b=2" && rows(&b) == rows(&a));
 }
+
+fn put(node: &Node, bytes: &[u8]) {
+    for suffix in ["-wal", "-shm"] {
+        let _ = std::fs::remove_file(node.file(&format!("app.db{suffix}")));
+    }
+    std::fs::write(node.file("app.db"), bytes).unwrap();
+}
+
+/// One adopted file is copied to two new nodes, which start at once.
+#[test]
+fn one_copy_started_on_two_nodes_at_once_goes_on_as_two_sites() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut a, b) = pair(dir.path(), SCHEMA);
+    a.sync();
+    let image = dir.path().join("image.db");
+    copy_to(&a, &image);
+    let (mut c, mut d) = (Node::new(dir.path(), "c", &["app.db"]), Node::new(dir.path(), "d", &["app.db"]));
+    a.exec("app.db", "INSERT INTO t VALUES('newer', 1); DELETE FROM t WHERE id = 'first'");
+    for node in [&c, &d] {
+        std::fs::copy(&image, node.file("app.db")).unwrap();
+        node.exec("app.db", &format!("INSERT INTO t VALUES('unsent of {}', 1)", node.name));
+    }
+    let token = a.token();
+    c.spawn(Some(&token));
+    d.spawn(Some(&token));
+    c.wait_ready();
+    d.wait_ready();
+    for node in [&a, &b, &c, &d] {
+        node.exec("app.db", &format!("INSERT INTO t VALUES('of {}', 1)", node.name));
+    }
+    let all = "newer=1 of a=1 of b=1 of c=1 of d=1 unsent of c=1 unsent of d=1";
+    wait_for("all have all", || [&a, &b, &c, &d].iter().all(|n| rows(n) == all));
+    wait_equal(&[&a, &b, &c, &d], "app.db");
+    let mut sites: Vec<String> = [&a, &b, &c, &d].map(|n| site(n)).into();
+    sites.sort();
+    sites.dedup();
+    assert_eq!(sites.len(), 4, "{sites:?}");
+    for node in [&c, &d] {
+        assert!(events(node).contains("goes on as a new site"), "{}", events(node));
+        let shown = node.run(&["status"]);
+        assert!(String::from_utf8_lossy(&shown.stdout).contains("event "), "the terminal shows it");
+    }
+    assert!(!events(&a).contains("new site") && !events(&b).contains("new site"));
+    a.stop();
+}
+
+/// The main file alone, copied between two of its checkpoints: an older state that is whole.
+#[test]
+fn a_main_file_copied_without_its_log_goes_on_as_a_new_site() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut a, b) = pair(dir.path(), SCHEMA);
+    a.exec("app.db", "INSERT INTO t VALUES('early', 1); PRAGMA wal_checkpoint(TRUNCATE)");
+    a.sync();
+    a.exec("app.db", "PRAGMA wal_checkpoint(TRUNCATE)");
+    let before = site(&a);
+    a.exec("app.db", "INSERT INTO t VALUES('newer', 1)");
+    let image = std::fs::read(a.file("app.db")).unwrap();
+    a.sync();
+    a.stop();
+    put(&a, &image);
+    a.start(None);
+    check_restored(&a, &b, &before);
+}
+
+/// The same, taken while SQLite was writing pages of the log into it: half of it is older than the other half.
+#[test]
+fn a_torn_copy_is_refused_with_what_to_do() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut a, mut b) = pair(dir.path(), SCHEMA);
+    let many = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 3000)
+                INSERT INTO t SELECT 'key ' || i, hex(randomblob(60)) FROM n";
+    a.sync();
+    a.exec("app.db", "PRAGMA wal_checkpoint(TRUNCATE)");
+    let early = std::fs::read(a.file("app.db")).unwrap();
+    a.exec("app.db", many);
+    a.sync();
+    a.exec("app.db", "PRAGMA wal_checkpoint(TRUNCATE)");
+    a.stop();
+    a.exec("app.db", "PRAGMA wal_checkpoint(TRUNCATE)");
+    let late = std::fs::read(a.file("app.db")).unwrap();
+    // The first pages are new, those behind them are not written yet.
+    let at = 4 * 4096;
+    let mut torn = late.clone();
+    torn[at..early.len()].copy_from_slice(&early[at..]);
+    torn.truncate(late.len());
+    put(&a, &torn);
+    let output = a.up_command(None).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success(), "{said}");
+    assert!(said.contains("is damaged") && said.contains("move it away"), "{said}");
+    assert_eq!(std::fs::read(a.file("app.db")).unwrap(), torn, "nothing was changed");
+    // As it says.
+    std::fs::rename(a.file("app.db"), a.file("damaged.db")).unwrap();
+    a.start(None);
+    wait_equal(&[&a, &b], "app.db");
+    b.stop();
+}
