@@ -122,6 +122,9 @@ impl NodeState {
         let same = same && !Mark::read(&self.mark(name)).is_some_and(|mark| here.is_behind(&mark));
         // A file that has never been started has no token: it was made here just now.
         let fresh = token.is_none();
+        if !same && !fresh {
+            check_whole(path, conn)?;
+        }
         let site = if same || fresh { site } else { new_site().0 };
         let next = rand::random::<u64>() >> 1;
         // Both until the file has the new one, so that a process that is killed in between finds its own file again;
@@ -169,6 +172,43 @@ impl NodeState {
         }
         self.save(&all)
     }
+}
+
+/// Refuses a file that is damaged. Asked of files that were put in place by somebody: a copy made while a program wrote
+/// is a mixture of pages.
+fn check_whole(path: &Path, conn: &Connection) -> Result<()> {
+    let ask = || -> rusqlite::Result<Option<String>> {
+        let mut statement = conn.prepare("PRAGMA integrity_check")?;
+        let found = statement.query_map([], |r| r.get::<_, String>(0))?;
+        // Rows that an application wrote with its constraints off are its own affair.
+        let of_rows =
+            |t: &str| t.starts_with("NULL value in ") || t.starts_with("CHECK constraint failed in ");
+        for text in found {
+            let text = text?;
+            if text != "ok" && !of_rows(&text) {
+                return Ok(Some(text));
+            }
+        }
+        Ok(None)
+    };
+    let what = match ask() {
+        Ok(None) => return Ok(()),
+        Ok(Some(what)) => what,
+        Err(e) if is_damage(&e) => e.to_string(),
+        Err(e) => return Err(e.into()),
+    };
+    let first = what.lines().next().unwrap_or_default();
+    bail!(
+        "{} is damaged ({first}): a copy made with cp while it was written, without its -wal, is not whole; put a copy made by \
+         SQLite's .backup or VACUUM INTO in its place, or move it away with its -wal and -shm and start again: then this \
+         node fetches one from a peer; nothing was changed",
+        path.display()
+    )
+}
+
+fn is_damage(e: &rusqlite::Error) -> bool {
+    use rusqlite::ErrorCode::{DatabaseCorrupt, NotADatabase};
+    matches!(e.sqlite_error_code(), Some(DatabaseCorrupt | NotADatabase))
 }
 
 /// A site id that no other file has.

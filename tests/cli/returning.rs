@@ -259,9 +259,10 @@ fn a_torn_copy_is_refused_with_what_to_do() {
     torn[at..early.len()].copy_from_slice(&early[at..]);
     torn.truncate(late.len());
     put(&a, &torn);
-    let output = a.up_command(None).output().unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(!output.status.success(), "{said}");
+    a.spawn(None);
+    wait_for("it ends", || a.process.as_mut().unwrap().try_wait().unwrap().is_some());
+    assert!(!a.process.take().unwrap().wait().unwrap().success());
+    let said = a.log.lock().unwrap().join("\n");
     assert!(said.contains("is damaged") && said.contains("move it away"), "{said}");
     assert_eq!(std::fs::read(a.file("app.db")).unwrap(), torn, "nothing was changed");
     // As it says.
