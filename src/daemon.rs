@@ -36,7 +36,7 @@ use crate::config::Config;
 use crate::core::message::Message;
 use crate::core::names::DbName;
 use crate::fabric::link::Outgoing;
-use crate::fabric::{Fabric, FabricError, FabricOptions, JoinToken, StateDir};
+use crate::fabric::{Fabric, FabricError, FabricOptions, JoinToken, LogLimits, StateDir};
 use crate::replica::adopt;
 use crate::sqlite;
 use crate::status::http;
@@ -49,6 +49,8 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 const NOTE_TURNS: u64 = 10;
 /// Messages that may wait to be looked at. The databases' own queues hold what is large.
 const INCOMING: usize = 1_024;
+/// What streams of the host's programs may take at least.
+const OTHER_STREAMS_MIB: u64 = 1_024;
 
 /// What `up` tells when the node runs.
 pub struct Started {
@@ -149,6 +151,10 @@ fn fabric_options(config: &Config) -> Result<FabricOptions> {
     let mut options = FabricOptions::new(config.name.clone(), dir, config.cluster, config.client);
     options.advertise = config.advertise.as_ref().map(ToString::to_string);
     options.incoming_capacity = INCOMING;
+    options.log = LogLimits { max_bytes: config.log_max_bytes, max_age: config.log_max_age };
+    // The server refuses a stream that may grow beyond this; the rest is for programs of the host.
+    let with_log_mib = config.log_max_bytes.div_ceil(1 << 20) + OTHER_STREAMS_MIB;
+    options.store_limit_mib = options.store_limit_mib.max(with_log_mib);
     let belongs = StateDir::new(&config.state_dir).key().exists();
     options.join = match &config.join {
         // A node that belongs needs no token, and the file that held it may be gone; a token that can be read is

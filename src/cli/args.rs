@@ -218,6 +218,14 @@ pub struct UpArgs {
     /// A node that comes back later fetches a copy of a peer's file, and what was written on it meanwhile goes on top.
     #[arg(long, value_name = "TIME")]
     pub absent_age: Option<String>,
+    /// The most that this node's log stream takes on disk, such as 512MiB [default: 1GiB].
+    ///
+    /// Nodes that were away read it; what it does not hold any more they fetch from any node's rows.
+    #[arg(long, value_name = "SIZE")]
+    pub log_max_bytes: Option<String>,
+    /// The longest that it keeps a commit [default: 72h].
+    #[arg(long, value_name = "TIME")]
+    pub log_max_age: Option<String>,
     /// Unite a file that was never in the mesh and has other rows with the mesh's, by key.
     ///
     /// Its rows become rows of the mesh; where both have one under a key, the mesh's stays and the other is kept as a
@@ -283,6 +291,8 @@ impl UpArgs {
             conflicts_max: self.conflicts_max.clone().map(Number::Text),
             tombstones_age: self.tombstones_age.clone(),
             absent_age: self.absent_age.clone(),
+            log_max_bytes: self.log_max_bytes.clone(),
+            log_max_age: self.log_max_age.clone(),
             merge: self.merge.then_some(true),
             log: self.log.clone(),
         }

@@ -5,6 +5,7 @@ pub mod databases;
 pub mod duration;
 pub mod error;
 pub mod raw;
+mod size;
 pub mod valid;
 
 use std::ffi::OsString;

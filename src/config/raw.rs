@@ -35,6 +35,8 @@ pub const KEYS: &[&str] = &[
     "conflicts_max",
     "tombstones_age",
     "absent_age",
+    "log_max_bytes",
+    "log_max_age",
     "merge",
     "log",
 ];
@@ -91,6 +93,10 @@ pub struct Raw {
     pub tombstones_age: Option<String>,
     /// How long a node may be away before nobody waits for it.
     pub absent_age: Option<String>,
+    /// The most that the log stream takes on disk.
+    pub log_max_bytes: Option<String>,
+    /// The longest that it keeps a commit.
+    pub log_max_age: Option<String>,
     /// Whether a file that differs from the mesh's is united with it by key.
     pub merge: Option<bool>,
     /// What to log.
@@ -203,6 +209,8 @@ impl Raw {
             "conflicts_max" => self.conflicts_max = text().map(Number::Text),
             "tombstones_age" => self.tombstones_age = text(),
             "absent_age" => self.absent_age = text(),
+            "log_max_bytes" => self.log_max_bytes = text(),
+            "log_max_age" => self.log_max_age = text(),
             "merge" => self.merge = Some(!matches!(value.trim(), "0" | "false" | "no" | "off")),
             "log" => self.log = text(),
             _ => {}
@@ -247,6 +255,8 @@ impl Raw {
             conflicts_max: self.conflicts_max.or(below.conflicts_max),
             tombstones_age: self.tombstones_age.or(below.tombstones_age),
             absent_age: self.absent_age.or(below.absent_age),
+            log_max_bytes: self.log_max_bytes.or(below.log_max_bytes),
+            log_max_age: self.log_max_age.or(below.log_max_age),
             merge: self.merge.or(below.merge),
             log: self.log.or(below.log),
         }

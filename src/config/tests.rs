@@ -107,7 +107,8 @@ fn every_key_can_be_set_in_the_file_and_in_the_environment() {
         "journal" => "'keep'",
         "verify_every" => "'1h'",
         "max_skew" => "'60s'",
-        "conflicts_age" | "tombstones_age" | "absent_age" => "'30d'",
+        "conflicts_age" | "tombstones_age" | "absent_age" | "log_max_age" => "'30d'",
+        "log_max_bytes" => "'64MiB'",
         "conflicts_max" => "7",
         "merge" => "true",
         "schema" => "'manual'",
@@ -127,11 +128,13 @@ fn every_key_can_be_set_in_the_file_and_in_the_environment() {
         assert!(raw.advertise.is_some() && raw.journal.is_some() && raw.schema.is_some());
         assert!(raw.rekey.is_some() && raw.whole_row.is_some() && raw.by_column.is_some());
         assert!(raw.conflicts_age.is_some() && raw.conflicts_max.is_some());
+        assert!(raw.log_max_bytes.is_some() && raw.log_max_age.is_some());
         assert!(raw.tombstones_age.is_some() && raw.absent_age.is_some() && raw.merge == Some(true));
     }
     let config = load(of_file, None, &around(&[])).unwrap();
     assert_eq!(config.advertise.unwrap().to_string(), "[::1]:7");
     assert_eq!((config.journal, config.schema), (Journal::Keep, SchemaMode::Manual));
+    assert_eq!((config.log_max_bytes, config.log_max_age.as_secs()), (64 << 20, 30 * 86_400));
     assert!(config.tables.covers("b") == config.tables.covers("Ab"));
 }
 
@@ -242,4 +245,19 @@ fn one_name_or_one_file_twice_is_refused_with_both_named() {
     let again = format!("x={}/./a.db", dir.path().display());
     let error = refused(raw(&[&a, &again]));
     assert!(error.contains(&a) && error.contains("same file"), "{error}");
+}
+
+#[test]
+fn a_log_that_could_hold_nothing_is_refused() {
+    for (key, value) in
+        [("log_max_bytes", "1MiB"), ("log_max_bytes", "7"), ("log_max_age", "0s"), ("log_max_age", "1")]
+    {
+        let mut raw = Raw::default();
+        match key {
+            "log_max_bytes" => raw.log_max_bytes = Some(value.to_owned()),
+            _ => raw.log_max_age = Some(value.to_owned()),
+        }
+        let why = load(raw, None, &around(&[])).unwrap_err().to_string();
+        assert!(why.contains(value), "{why}");
+    }
 }

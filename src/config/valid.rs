@@ -12,6 +12,7 @@ use tracing_subscriber::EnvFilter;
 use super::databases;
 use super::duration::parse_duration;
 use super::raw::{Number, Raw, nearest};
+use super::size::parse_size;
 use super::{ConfigError, Surroundings};
 use crate::core::names::{DbName, MAX_NAME_LEN, NodeName};
 use crate::core::schema::SchemaMode;
@@ -38,6 +39,13 @@ pub const DEFAULT_CONFLICTS_MAX: &str = "10000";
 pub const DEFAULT_TOMBSTONES_AGE: &str = "24h";
 /// How long a node may be away before nobody waits for it, by default.
 pub const DEFAULT_ABSENT_AGE: &str = "7d";
+/// What the log stream takes on disk by default.
+pub const DEFAULT_LOG_MAX_BYTES: &str = "1GiB";
+/// How long it keeps a commit by default.
+pub const DEFAULT_LOG_MAX_AGE: &str = "72h";
+/// A log that holds less than a few large commits is none.
+const LEAST_LOG_BYTES: u64 = 16 * 1024 * 1024;
+const LEAST_LOG_AGE: Duration = Duration::from_secs(1);
 
 /// A SQLite file to replicate.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -173,6 +181,10 @@ pub struct Config {
     pub tombstones_age: Duration,
     /// How long a node may be away before deletes are forgotten without it.
     pub absent_age: Duration,
+    /// The most that this node's log stream takes on disk.
+    pub log_max_bytes: u64,
+    /// The longest that it keeps a commit.
+    pub log_max_age: Duration,
     /// Whether a file that was never in the mesh and differs from it is united with it by key.
     pub merge: bool,
     /// A filter for the log, in the syntax of `tracing_subscriber::EnvFilter`.
@@ -220,6 +232,8 @@ pub fn validate(raw: Raw, around: &Surroundings) -> Result<Config, ConfigError> 
         tombstones_age: age("tombstones_age", raw.tombstones_age.as_deref(), DEFAULT_TOMBSTONES_AGE)?,
         merge: raw.merge.unwrap_or(false),
         absent_age: age("absent_age", raw.absent_age.as_deref(), DEFAULT_ABSENT_AGE)?,
+        log_max_bytes: log_max_bytes(raw.log_max_bytes.as_deref())?,
+        log_max_age: log_max_age(raw.log_max_age.as_deref())?,
         log: log(raw.log)?,
     })
 }
@@ -227,6 +241,24 @@ pub fn validate(raw: Raw, around: &Surroundings) -> Result<Config, ConfigError> 
 fn age(option: &'static str, given: Option<&str>, default: &str) -> Result<Duration, ConfigError> {
     let text = given.unwrap_or(default);
     parse_duration(text).map_err(|why| ConfigError::value(option, text, why))
+}
+
+fn log_max_bytes(given: Option<&str>) -> Result<u64, ConfigError> {
+    let text = given.unwrap_or(DEFAULT_LOG_MAX_BYTES);
+    let wrong = |why: String| ConfigError::value("log_max_bytes", text, why);
+    match parse_size(text).map_err(wrong)? {
+        bytes if bytes < LEAST_LOG_BYTES => Err(wrong("the least is 16MiB".to_owned())),
+        bytes => Ok(bytes),
+    }
+}
+
+fn log_max_age(given: Option<&str>) -> Result<Duration, ConfigError> {
+    match age("log_max_age", given, DEFAULT_LOG_MAX_AGE)? {
+        short if short < LEAST_LOG_AGE => {
+            Err(ConfigError::value("log_max_age", given.unwrap_or_default(), "the least is 1s"))
+        }
+        age => Ok(age),
+    }
 }
 
 fn conflicts_max(given: Option<Number>) -> Result<u64, ConfigError> {

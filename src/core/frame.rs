@@ -21,6 +21,10 @@ const COMPRESS_FROM_BYTES: usize = 512;
 /// SQLite's own largest row, and room for what stands around it; a larger frame is refused.
 const MAX_FRAME_BYTES: u64 = 1_100_000_000;
 const ZSTD_LEVEL: i32 = 1;
+/// What a compressed frame may unpack to, besides so many times its own size: bytes have to justify the memory that
+/// they take. What shrinks by more is sent as it is.
+const UNPACKED_BYTES: u64 = 16 * 1024 * 1024;
+const UNPACKED_TIMES: u64 = 100;
 
 const PACKED: u8 = 1;
 const OF_SCHEMA: u8 = 2;
@@ -44,7 +48,7 @@ pub enum WireError {
     #[error("the message is malformed: {0}")]
     Malformed(&'static str),
     /// Larger than any row can be.
-    #[error("the message is larger than {MAX_FRAME_BYTES} bytes")]
+    #[error("the message is larger than any can be, or than its bytes justify")]
     TooLarge,
 }
 
@@ -162,6 +166,7 @@ impl FrameWriter {
         if plain.len() >= COMPRESS_FROM_BYTES
             && let Ok(packed) = zstd::bulk::compress(&plain[1..], ZSTD_LEVEL)
             && packed.len() + 1 < plain.len()
+            && plain.len() as u64 <= most_unpacked(packed.len())
         {
             let mut frame = vec![self.flags | PACKED];
             frame.extend_from_slice(&packed);
@@ -194,6 +199,11 @@ impl FrameWriter {
             next
         })
     }
+}
+
+/// What so many compressed bytes may unpack to.
+fn most_unpacked(packed: usize) -> u64 {
+    (packed as u64).saturating_mul(UNPACKED_TIMES).max(UNPACKED_BYTES).min(MAX_FRAME_BYTES)
 }
 
 /// Writing into memory cannot fail.
@@ -236,8 +246,9 @@ impl Frame {
                 let malformed = |_| WireError::Malformed("the compressed part does not unpack");
                 let reader = zstd::stream::read::Decoder::new(packed).map_err(malformed)?;
                 let mut plain = Vec::new();
-                reader.take(MAX_FRAME_BYTES + 1).read_to_end(&mut plain).map_err(malformed)?;
-                if plain.len() as u64 > MAX_FRAME_BYTES {
+                let most = most_unpacked(packed.len());
+                reader.take(most + 1).read_to_end(&mut plain).map_err(malformed)?;
+                if plain.len() as u64 > most {
                     return Err(WireError::TooLarge);
                 }
                 Ok(Self(plain))

@@ -116,3 +116,30 @@ fn an_empty_version_table_is_refused() {
     let no_versions = [0, 0x92, 0x90, 0x94, 0xa1, b't', 0x90, 0x90, 0xc4, 1, 0];
     assert!(decode(&no_versions).is_err());
 }
+
+#[test]
+fn what_unpacks_to_far_more_than_it_is_is_refused() {
+    let zeros = vec![0; 64 << 20];
+    let mut bomb = vec![PACKED];
+    bomb.extend(zstd::bulk::compress(&zeros, ZSTD_LEVEL).unwrap());
+    assert!(bomb.len() < 64 * 1024, "{}", bomb.len());
+    assert_eq!(Frame::open(&bomb).err(), Some(WireError::TooLarge));
+}
+
+#[test]
+fn a_row_that_shrinks_by_more_than_that_comes_back() {
+    for len in [1 << 20, 20 << 20] {
+        let (birth, value) = (Version { hlc: Hlc(1), site: SiteId(1) }, vec![0; len]);
+        let mut writer = FrameWriter::new(birth);
+        writer.begin_section("t", &["k"], &["v"], false);
+        let versions = RowVersions { birth, dead: None, columns: &[], refs: &[], fixed: false };
+        writer.row([ValueRef::Int(1)].into_iter(), versions, [ValueRef::Blob(&value)].into_iter());
+        let frame = writer.finish();
+        assert_eq!(frame.len() < len, len < 16 << 20, "only what is large goes as it is");
+        let frame = Frame::open(&frame).unwrap();
+        let mut section = frame.sections().unwrap().remove(0);
+        let mut row = RowBuffer::default();
+        section.next_row(&mut row).unwrap().unwrap();
+        assert_eq!(row.values, [ValueRef::Blob(&value)]);
+    }
+}

@@ -110,7 +110,9 @@ async fn fetch(
 /// Whether a copy of that size fits: better said at once than after an hour.
 fn has_room(dest: &Path, size: u64) -> Result<()> {
     let directory = dest.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let Ok(disk) = rustix::fs::statvfs(directory) else { return Ok(()) };
+    // A size is a peer's word: nothing is done by it that this host has no room for.
+    let disk = rustix::fs::statvfs(directory)
+        .with_context(|| format!("cannot learn how much room {} has", directory.display()))?;
     let free = disk.f_bavail.saturating_mul(disk.f_frsize);
     if size > free {
         let mib = |bytes: u64| bytes.div_ceil(1 << 20);

@@ -172,6 +172,7 @@ impl Observer {
             routes: info.routes,
             log_acked: info.log.acked,
             log_unacked: info.log.unacked(),
+            messages_refused: inner.router.messages_refused(),
             ..status.fabric
         };
         let now_ms = steady_ms();
@@ -299,7 +300,7 @@ fn describe(
         let theirs = &peer.holding;
         let behind = ours.saturating_sub(theirs.vector.n(head.site));
         let lacking = theirs.vector.0.iter().map(|(s, p)| p.n.saturating_sub(head.vector.n(*s)));
-        let missing: u64 = lacking.sum();
+        let missing = lacking.fold(0, u64::saturating_add);
         DatabasePeer {
             node: node.to_string(),
             site: theirs.site.to_string(),
@@ -346,8 +347,10 @@ fn describe(
 fn catching_up(engine: &Engine, now_ms: u64) -> Option<CatchingUp> {
     let c = engine.catching_up()?;
     let held = &engine.store().head().vector;
-    let missing =
-        |p: &Peer| -> u64 { p.holding.vector.0.iter().map(|(s, p)| p.n.saturating_sub(held.n(*s))).sum() };
+    let missing = |p: &Peer| {
+        let lacking = p.holding.vector.0.iter().map(|(s, p)| p.n.saturating_sub(held.n(*s)));
+        lacking.fold(0, u64::saturating_add)
+    };
     let for_s = now_ms.saturating_sub(c.since_ms) as f64 / 1_000.0;
     let rate = |n: u64| if for_s > 0.0 { n as f64 / for_s } else { 0.0 };
     Some(CatchingUp {

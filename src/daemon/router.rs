@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -12,6 +13,7 @@ use tracing::{debug, info, warn};
 
 use super::serve_copy::Copies;
 use super::verify::Verifier;
+use crate::core::frame::WireError;
 use crate::core::message::{CopyPart, Fragment, Hello, Message, decode};
 use crate::core::names::{DbName, NodeName};
 use crate::core::skew::{Clocks, Judgement};
@@ -64,6 +66,8 @@ pub struct Router {
     heard_clocks: Mutex<Clocks>,
     clocks: SharedClocks,
     outgoing: mpsc::Sender<Outgoing>,
+    /// Messages that could not be read.
+    refused: AtomicU64,
 }
 
 pub(super) fn held<T>(lock: Result<T, PoisonError<T>>) -> T {
@@ -88,7 +92,21 @@ impl Router {
             heard_clocks: Mutex::default(),
             clocks: SharedClocks::new(max_skew.as_millis() as u64),
             outgoing,
+            refused: AtomicU64::new(0),
         })
+    }
+
+    /// Messages that could not be read, and so belong to no database.
+    pub fn messages_refused(&self) -> u64 {
+        self.refused.load(Ordering::Relaxed)
+    }
+
+    /// Counts what could not be read, and tells of it now and then: a peer of a later release says all in its own way.
+    fn refuse(&self, from: &NodeName, what: &str, why: &WireError) {
+        let count = self.refused.fetch_add(1, Ordering::Relaxed) + 1;
+        if count.is_power_of_two() {
+            warn!(node = %from, "refused {what}: {why} ({count} refused in all since the start)");
+        }
     }
 
     /// Adds a database that replicates.
@@ -189,7 +207,7 @@ impl Router {
                 Incoming::Message { from, payload } => match messages.push::<Message>(&from, &payload) {
                     Ok(Some(message)) => self.on_message(from, message).await,
                     Ok(None) => {}
-                    Err(e) => warn!(node = %from, "refused a message: {e}"),
+                    Err(e) => self.refuse(&from, "a message", &e),
                 },
                 Incoming::Logged(logged) => {
                     if let Some(worker) = self.worker(&logged.asked.db) {
@@ -209,7 +227,7 @@ impl Router {
                     debug!(node = %from, db = %db, "too much is waiting: a commit is fetched later");
                 }
             }
-            Err(e) => warn!(node = %from, db = %db, "refused a commit: {e}"),
+            Err(e) => self.refuse(from, &format!("a commit of {db}"), &e),
         }
     }
 

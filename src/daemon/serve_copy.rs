@@ -4,10 +4,11 @@
 use std::collections::HashMap;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tracing::{info, warn};
 
 use super::router::Router;
@@ -20,24 +21,28 @@ use crate::replica::copy::write_copy;
 pub const PART_BYTES: usize = 1024 * 1024;
 /// A copy that nobody asks for is deleted after this time.
 const KEEP: Duration = Duration::from_secs(120);
+/// Copies at hand at once; who asks for one more waits until another is not needed any more.
+const AT_ONCE: usize = 8;
 
 struct Made {
     path: PathBuf,
     size: u64,
     hash: [u8; 32],
     used: Instant,
+    _place: OwnedSemaphorePermit,
 }
 
 /// The copies at hand.
 pub struct Copies {
     spool: PathBuf,
     made: Mutex<HashMap<u64, Made>>,
+    places: Arc<Semaphore>,
 }
 
 impl Copies {
     /// No copies yet; they will be in `spool`.
     pub fn new(spool: PathBuf) -> Self {
-        Self { spool, made: Mutex::default() }
+        Self { spool, made: Mutex::default(), places: Arc::new(Semaphore::new(AT_ONCE)) }
     }
 
     /// Deletes what nobody asks for.
@@ -83,6 +88,7 @@ impl Copies {
 
     async fn make(&self, router: &Router, to: &NodeName, ask: &CopyRequest) -> Result<u64, String> {
         let worker = router.worker(&ask.db).ok_or("this node does not have that database")?;
+        let place = self.places.clone().acquire_owned().await.map_err(|e| e.to_string())?;
         let copy = (rand::random::<u64>() >> 1).max(1);
         let path = self.spool.join(format!("copy-{copy}.db"));
         let dest = path.clone();
@@ -93,10 +99,14 @@ impl Copies {
                 .call(move |engine| engine.snapshot_for(&joiner, steady_ms()))
                 .ok_or("the database is being detached")?;
             let reader = reader.map_err(|e| format!("no copy can be made: {e}"))?;
-            write_copy(&reader, &dest).map_err(|e| format!("no copy can be made: {e}"))
+            write_copy(&reader, &dest).map_err(|e| {
+                // The disk may be full of it. What cannot be removed now goes at the next start.
+                drop(std::fs::remove_file(&dest));
+                format!("no copy can be made: {e}")
+            })
         });
         let (hash, size) = made.await.map_err(|e| e.to_string())??;
-        let made = Made { path, size, hash, used: Instant::now() };
+        let made = Made { path, size, hash, used: Instant::now(), _place: place };
         self.made.lock().unwrap_or_else(PoisonError::into_inner).insert(copy, made);
         Ok(copy)
     }

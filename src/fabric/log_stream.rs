@@ -23,9 +23,8 @@ const ANSWER_PATIENCE: Duration = Duration::from_secs(1);
 /// Somebody may delete the stream: it is looked after.
 const LOOK_AFTER: Duration = Duration::from_secs(300);
 
-/// How answers are addressed to messages that are sent while the stream is there, and to others.
-pub(super) const AWAITED: &str = ".awaited";
-pub(super) const UNAWAITED: &str = ".unawaited";
+/// How answers are addressed to messages that are sent before the stream is known to be there; else it is a number.
+const UNAWAITED: &str = "unawaited";
 
 /// How much a log keeps.
 #[derive(Debug, Clone, Copy)]
@@ -54,7 +53,8 @@ pub struct LogState {
     /// Of them, those that it refused.
     pub refused: u64,
     /// Of them, those that it has yet to answer. What was sent before it was known to be there may never be
-    /// answered, and is not awaited: peers have it all the same.
+    /// answered, and is not awaited: peers have it all the same. A stream answers in order, and says nothing of what
+    /// it could not write: once it answers to a later one, those before are not awaited any more.
     pub awaited: u64,
     /// Why it was last not made, or refused a message.
     pub last_error: Option<String>,
@@ -74,27 +74,30 @@ pub(super) struct LogCounters {
     published: AtomicU64,
     acked: AtomicU64,
     refused: AtomicU64,
-    /// Sent while the stream was known to be there, and answered of these.
+    /// Sent while the stream was known to be there, and the number among these of the last that was answered.
     awaited: AtomicU64,
-    awaited_answered: AtomicU64,
+    answered: AtomicU64,
     last_error: Mutex<Option<String>>,
 }
 
 impl LogCounters {
-    /// Whether an answer can be expected to a message that is sent now.
-    pub(super) fn awaits(&self) -> bool {
-        self.exists.load(Ordering::Relaxed)
+    /// Where the answer to a message that is sent now is to go, below the subject for answers.
+    pub(super) fn answer_token(&self) -> String {
+        if !self.exists.load(Ordering::Relaxed) {
+            return UNAWAITED.to_owned();
+        }
+        (self.awaited.fetch_add(1, Ordering::Relaxed) + 1).to_string()
     }
 
-    pub(super) fn published(&self, awaited: bool) {
+    pub(super) fn published(&self) {
         self.published.fetch_add(1, Ordering::Relaxed);
-        self.awaited.fetch_add(awaited.into(), Ordering::Relaxed);
     }
 
     /// Counts the stream's answer to one message.
     pub(super) fn answered(&self, message: &async_nats::Message) {
-        let awaited = message.subject.ends_with(AWAITED);
-        self.awaited_answered.fetch_add(awaited.into(), Ordering::Relaxed);
+        if let Some(number) = message.subject.rsplit('.').next().and_then(|token| token.parse().ok()) {
+            self.answered.fetch_max(number, Ordering::Relaxed);
+        }
         match error_of(message) {
             None => {
                 self.acked.fetch_add(1, Ordering::Relaxed);
@@ -121,7 +124,7 @@ impl LogCounters {
             awaited: self
                 .awaited
                 .load(Ordering::Relaxed)
-                .saturating_sub(self.awaited_answered.load(Ordering::Relaxed)),
+                .saturating_sub(self.answered.load(Ordering::Relaxed)),
             last_error: self.last_error.lock().expect("nothing panics while it is held").clone(),
         }
     }

@@ -202,11 +202,9 @@ impl Fabric {
         if !self.connected() {
             return Err(FabricError::NotConnected);
         }
-        let awaited = logged && self.log.awaits();
         let publish = async {
             if logged {
-                let answer = if awaited { log_stream::AWAITED } else { log_stream::UNAWAITED };
-                let reply = format!("{}{answer}", self.ack_subject);
+                let reply = format!("{}.{}", self.ack_subject, self.log.answer_token());
                 self.client.publish_with_reply(subject, reply, payload).await
             } else {
                 self.client.publish(subject, payload).await
@@ -217,7 +215,7 @@ impl Fabric {
             Ok(Err(_)) => Err(FabricError::NotConnected),
             Ok(Ok(())) => {
                 if logged {
-                    self.log.published(awaited);
+                    self.log.published();
                 }
                 Ok(())
             }

@@ -11,23 +11,30 @@ use crate::core::frame::WireError;
 use crate::core::message::{CommitHeader, Fragment, decode};
 use crate::core::version::SiteId;
 
+/// Commits that may be on their way at once, one a site; the one that waits longest goes for one more. Each node sends
+/// its commits one after the other.
+const MAX_PARTIAL: usize = 64;
+
 /// A commit that is not whole yet.
 struct Partial {
     attempt: u64,
     next: u32,
     body: Body,
+    /// When its last piece came, counted in pieces.
+    touched: u64,
 }
 
 /// Puts pieces together, one commit a site at a time.
 pub struct Assembler {
     spool_dir: PathBuf,
     partial: HashMap<SiteId, Partial>,
+    pushed: u64,
 }
 
 impl Assembler {
     /// An assembler that keeps large commits in `spool_dir` until they are whole.
     pub fn new(spool_dir: &Path) -> Self {
-        Self { spool_dir: spool_dir.to_owned(), partial: HashMap::new() }
+        Self { spool_dir: spool_dir.to_owned(), partial: HashMap::new(), pushed: 0 }
     }
 
     /// Drops what is there of a site's commit.
@@ -38,17 +45,24 @@ impl Assembler {
     /// Takes a piece; returns the commit when it is whole. A piece out of turn drops what was there: the hole that
     /// leaves is found and repaired like any other.
     pub fn push(&mut self, site: SiteId, piece: &Fragment) -> Result<Option<PeerCommit>> {
+        self.pushed += 1;
         if piece.index == 0 {
-            let body = Body::new(&self.spool_dir);
-            self.partial.insert(site, Partial { attempt: piece.attempt, next: 0, body });
+            let (body, touched) = (Body::new(&self.spool_dir), self.pushed);
+            self.partial.insert(site, Partial { attempt: piece.attempt, next: 0, body, touched });
+            self.keep_within_bounds();
         }
         let Some(partial) = self.partial.get_mut(&site) else { return Ok(None) };
         if partial.attempt != piece.attempt || partial.next != piece.index {
             self.partial.remove(&site);
             return Ok(None);
         }
-        partial.body.append(&piece.data)?;
+        if let Err(e) = partial.body.append(&piece.data) {
+            // What cannot become whole must not keep the room that others need.
+            self.partial.remove(&site);
+            return Err(e.into());
+        }
         partial.next += 1;
+        partial.touched = self.pushed;
         if !piece.last {
             return Ok(None);
         }
@@ -56,10 +70,18 @@ impl Assembler {
         body.rewind()?;
         let header = body.next_block()?.ok_or(WireError::Truncated)?;
         let header: CommitHeader = decode(&header)?;
-        if header.to <= header.from {
-            return Err(WireError::Malformed("a commit that goes nowhere").into());
+        if header.from.checked_add(1) != Some(header.to) || i64::try_from(header.to).is_err() {
+            return Err(WireError::Malformed("a commit whose numbers cannot be").into());
         }
         Ok(Some(PeerCommit { site, header, body }))
+    }
+
+    fn keep_within_bounds(&mut self) {
+        if self.partial.len() > MAX_PARTIAL
+            && let Some(oldest) = self.partial.iter().min_by_key(|(_, p)| p.touched).map(|(site, _)| *site)
+        {
+            self.partial.remove(&oldest);
+        }
     }
 }
 
@@ -92,6 +114,39 @@ mod tests {
         assert!(assembler.push(site, &a[1]).unwrap().is_none(), "the first attempt was given up");
         assert!(assembler.push(site, &b[0]).unwrap().is_none());
         assert_eq!(assembler.push(site, &b[1]).unwrap().unwrap().header.to, 1);
+    }
+
+    #[test]
+    fn commits_that_never_end_do_not_pile_up() {
+        let mut assembler = Assembler::new(&std::env::temp_dir());
+        let pieces = pieces(1);
+        for site in 0..1_000 {
+            assert!(assembler.push(SiteId(site), &pieces[0]).unwrap().is_none());
+        }
+        assert_eq!(assembler.partial.len(), MAX_PARTIAL);
+        assert!(assembler.push(SiteId(0), &pieces[1]).unwrap().is_none(), "given up");
+        assert!(assembler.push(SiteId(999), &pieces[1]).unwrap().is_some());
+    }
+
+    #[test]
+    fn what_has_no_room_is_given_up() {
+        let mut assembler = Assembler::new(Path::new("/nowhere"));
+        let data = Bytes::from(vec![0; 5 << 20]);
+        let piece = Fragment { attempt: 1, index: 0, last: false, data };
+        assert!(matches!(assembler.push(SiteId(1), &piece), Err(super::super::ReplicaError::Spool(_))));
+        assert!(assembler.partial.is_empty());
+    }
+
+    #[test]
+    fn numbers_that_cannot_be_are_an_error() {
+        for (from, to) in [(0, 0), (0, 2), (5, 3), (0, u64::MAX), (u64::MAX, 0), (u64::MAX - 1, u64::MAX)] {
+            let header = CommitHeader { from, to, id: 1, prev: 0, hlc: Hlc(1), seen: vec![], rows: 0 };
+            let header = encode(&header);
+            let data = [&(header.len() as u32).to_be_bytes()[..], &header].concat().into();
+            let piece = Fragment { attempt: 1, index: 0, last: true, data };
+            let pushed = Assembler::new(&std::env::temp_dir()).push(SiteId(1), &piece);
+            assert!(pushed.is_err(), "{from} to {to}");
+        }
     }
 
     #[test]

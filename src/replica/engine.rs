@@ -35,6 +35,10 @@ const ANNOUNCE_IDLE_MS: u64 = 20_000;
 /// What may wait in memory or spool for its turn, a feed; more is dropped and asked for again.
 const PENDING_BYTES: u64 = 64 * 1024 * 1024;
 const PENDING_COMMITS: usize = 20_000;
+/// And of all feeds together.
+const ALL_PENDING_BYTES: u64 = 256 * 1024 * 1024;
+/// Feeds of which nothing was ever applied that may wait: a mesh has as many files of a database as it has nodes.
+const MAX_UNKNOWN_FEEDS: usize = 1_000;
 /// How often to look for conflicts that are to go.
 const PRUNE_MS: u64 = 60_000;
 
@@ -262,8 +266,17 @@ impl Engine {
         if commit.header.to <= self.store.head().vector.n(commit.site) {
             return;
         }
+        let size = commit.body.len();
+        if !self.feeds.contains_key(&commit.site) && self.feeds.len() >= MAX_UNKNOWN_FEEDS {
+            let vector = &self.store.head().vector;
+            self.feeds.retain(|site, _| vector.n(*site) > 0);
+        }
+        let all: u64 = self.feeds.values().map(|f| f.bytes).sum();
         let feed = self.feeds.entry(commit.site).or_default();
-        if feed.bytes + commit.body.len() > PENDING_BYTES || feed.pending.len() >= PENDING_COMMITS {
+        // Whose turn it is finds room however much waits for something else.
+        let is_next = commit.header.from <= self.store.head().vector.n(commit.site);
+        let is_much = feed.bytes + size > PENDING_BYTES || feed.pending.len() >= PENDING_COMMITS;
+        if is_much || !is_next && all + size > ALL_PENDING_BYTES {
             return;
         }
         feed.bytes += commit.body.len();
@@ -357,8 +370,20 @@ impl Engine {
             self.sync = None;
             return Ok(());
         }
+        if page.complete.is_none() && page.next_lsn <= sync.request.after_lsn {
+            // It would never come to an end.
+            self.sync = None;
+            self.stop_sync(format!("node {from} sends a page of rows that leads nowhere"), now_ms);
+            return Ok(());
+        }
         for frame in &page.frames {
-            sync.pages.append_block(frame)?;
+            if let Err(e) = sync.pages.append_block(frame) {
+                // Meanwhile others need the room that it took.
+                self.sync = None;
+                let why = ReplicaError::from(e);
+                self.stop_sync(format!("rows of node {from} cannot be taken in: {why}"), now_ms);
+                return Ok(());
+            }
         }
         sync.asked_ms = now_ms;
         let Some(held) = page.complete else {
@@ -445,6 +470,11 @@ impl Engine {
     fn stop_feed(&mut self, commit: PeerCommit, error: &ReplicaError, now_ms: u64) {
         let (site, why) = (commit.site, error.to_string());
         let name = self.site_name(site);
+        if let ReplicaError::Wire(why) = error {
+            // It never will be applied. If it is a peer's, the hole that it leaves is found and repaired like any other.
+            self.refuse(&format!("a commit of {name}: {why}"));
+            return;
+        }
         self.add_pending(commit);
         let feed = self.feeds.entry(site).or_default();
         if feed.stopped.as_ref().is_none_or(|(old, _)| *old != why) {
@@ -489,6 +519,8 @@ impl Engine {
             self.members.note_behind(None, now_ms);
             self.hole_since_ms = None;
             self.catch_up = None;
+            // What could not be fetched has come by another way.
+            self.sync_error = None;
             return Ok(());
         }
         let since = *self.hole_since_ms.get_or_insert(now_ms);

@@ -11,8 +11,12 @@ use crate::core::frame::WireError;
 use crate::core::message::{FRAGMENT_BYTES, Fragment, Message, decode, encode};
 use crate::core::names::NodeName;
 
-/// What may be held of one sender's unfinished message: a page of rows near SQLite's limit.
+/// What may be held of unfinished messages: a page of rows near SQLite's limit.
 const MAX_MESSAGE_BYTES: usize = 1_200_000_000;
+/// How many senders may be in the middle of one; the one that waits longest goes for one more.
+const MAX_PARTIAL: usize = 64;
+/// Until this much is held, nobody's goes.
+const PARTIAL_BYTES: usize = 64 * 1024 * 1024;
 
 /// Cuts a commit into pieces and hands each to `send`.
 pub fn commit_pieces(own: &mut OwnCommit, mut send: impl FnMut(Bytes)) -> Result<()> {
@@ -47,10 +51,20 @@ pub fn message_pieces(message: &Message, mut send: impl FnMut(Bytes)) {
     }
 }
 
+/// A message that is not whole yet.
+struct Partial {
+    attempt: u64,
+    next: u32,
+    data: Vec<u8>,
+    /// When its last piece came, counted in pieces.
+    touched: u64,
+}
+
 /// Puts pieces of messages together again, one message a sender and attempt.
 #[derive(Default)]
 pub struct MessageAssembler {
-    partial: HashMap<NodeName, (u64, u32, Vec<u8>)>,
+    partial: HashMap<NodeName, Partial>,
+    pushed: u64,
 }
 
 impl MessageAssembler {
@@ -64,22 +78,37 @@ impl MessageAssembler {
         if piece.index == 0 && piece.last {
             return decode(&piece.data).map(Some);
         }
+        self.pushed += 1;
         if piece.index == 0 {
-            self.partial.insert(from.clone(), (piece.attempt, 0, Vec::new()));
+            let (attempt, touched) = (piece.attempt, self.pushed);
+            self.partial.insert(from.clone(), Partial { attempt, next: 0, data: Vec::new(), touched });
         }
-        let Some((attempt, next, data)) = self.partial.get_mut(from) else { return Ok(None) };
-        let fits = data.len() + piece.data.len() <= MAX_MESSAGE_BYTES;
-        if *attempt != piece.attempt || *next != piece.index || !fits {
+        let Some(partial) = self.partial.get_mut(from) else { return Ok(None) };
+        let fits = partial.data.len() + piece.data.len() <= MAX_MESSAGE_BYTES;
+        if partial.attempt != piece.attempt || partial.next != piece.index || !fits {
             self.partial.remove(from);
             return if fits { Ok(None) } else { Err(WireError::TooLarge) };
         }
-        data.extend_from_slice(&piece.data);
-        *next += 1;
-        if !piece.last {
-            return Ok(None);
+        partial.data.extend_from_slice(&piece.data);
+        partial.next += 1;
+        partial.touched = self.pushed;
+        if piece.last {
+            let whole = self.partial.remove(from).map(|p| p.data).unwrap_or_default();
+            return decode(&whole).map(Some);
         }
-        let (_, _, data) = self.partial.remove(from).expect("it was just there");
-        decode(&data).map(Some)
+        self.keep_within_bounds();
+        Ok(None)
+    }
+
+    /// What is asked for and does not come is asked for again.
+    fn keep_within_bounds(&mut self) {
+        let held = |all: &HashMap<_, Partial>| all.values().map(|p| p.data.len()).sum::<usize>();
+        while self.partial.len() > 1
+            && (self.partial.len() > MAX_PARTIAL || held(&self.partial) > PARTIAL_BYTES)
+        {
+            let oldest = self.partial.iter().min_by_key(|(_, p)| p.touched).map(|(name, _)| name.clone());
+            oldest.and_then(|name| self.partial.remove(&name));
+        }
     }
 }
 
@@ -87,6 +116,20 @@ impl MessageAssembler {
 mod tests {
     use super::*;
     use crate::core::message::CopyPart;
+
+    #[test]
+    fn messages_that_never_end_do_not_pile_up() {
+        let data = Bytes::from(vec![3; FRAGMENT_BYTES]);
+        let endless = encode(&Fragment { attempt: 1, index: 0, last: false, data });
+        let mut assembler = MessageAssembler::default();
+        for n in 0..1_000 {
+            let from: NodeName = format!("ghost{n}").parse().unwrap();
+            assert!(assembler.push::<Message>(&from, &endless).unwrap().is_none());
+        }
+        assert_eq!(assembler.partial.len(), MAX_PARTIAL);
+        let held: usize = assembler.partial.values().map(|p| p.data.len()).sum();
+        assert!(held <= PARTIAL_BYTES);
+    }
 
     #[test]
     fn a_long_message_comes_back_whole() {

@@ -83,15 +83,18 @@ impl Engine {
             feed.stopped = Some((why, now_ms));
             return None;
         }
-        let missing = first.seen.iter().find(|(s, n, _)| vector.n(*s) < *n);
-        if let Some((cause, ..)) = missing {
+        let lacks = |held: &Vector| first.seen.iter().find(|(s, n, _)| held.n(*s) < *n).map(|(s, ..)| *s);
+        if let Some(cause) = lacks(vector) {
             let since = *feed.waiting_since_ms.get_or_insert(now_ms);
-            if !stopped.contains(cause) || now_ms < since + CAUSAL_WAIT_MS {
+            if !stopped.contains(&cause) || now_ms < since + CAUSAL_WAIT_MS {
                 return None;
             }
             self.counters.causal_overruns += 1;
         }
-        feed.waiting_since_ms = None;
+        // A cause that is in the same batch may turn out to be one that still cannot be applied: then it waited all along.
+        if lacks(&self.store.head().vector).is_none() {
+            feed.waiting_since_ms = None;
+        }
         let (_, commit) = feed.pending.pop_first()?;
         feed.bytes -= commit.body.len();
         Some(commit)

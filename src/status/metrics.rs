@@ -92,6 +92,8 @@ fn fabric(w: &mut Writer<'_>, s: &Status) {
     w.single("log_acked_commits_total", Type::Counter, help, f.log_acked as f64);
     let help = "Commits published that the log has not acknowledged yet.";
     w.single("log_unacked_commits", Type::Gauge, help, f.log_unacked as f64);
+    let help = "Messages of peers that could not be read.";
+    w.single("messages_refused_total", Type::Counter, help, f.messages_refused as f64);
 }
 
 fn peers(w: &mut Writer<'_>, peers: &[PeerStatus]) {

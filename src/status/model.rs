@@ -62,6 +62,9 @@ pub struct FabricStatus {
     pub log_acked: u64,
     /// Commits published that the log has not acknowledged yet.
     pub log_unacked: u64,
+    /// Messages of peers that could not be read.
+    #[serde(default)]
+    pub messages_refused: u64,
 }
 
 /// Another node.
@@ -324,6 +327,7 @@ pub(super) fn example() -> Status {
             routes: vec!["n2".into()],
             log_acked: 1200,
             log_unacked: 4,
+            messages_refused: 0,
         },
         peers: vec![
             PeerStatus {

@@ -5,7 +5,9 @@ mod support;
 
 mod catchup;
 mod crash;
+mod full;
 mod join;
+mod poison;
 mod power;
 mod rebuild;
 mod rekey;

@@ -97,3 +97,19 @@ fn configuration_files() {
         quietly(|| drop(Raw::from_file(&file)))
     });
 }
+
+/// MessagePack that goes very deep, or says that it is very long, is refused without a stack or memory for it.
+#[test]
+fn what_is_deep_or_says_that_it_is_long() {
+    for marker in [0x91, 0x81, 0x92, 0xc7, 0xdd, 0xdf, 0xc6, 0xdb, 0xc9] {
+        let deep = [&[1][..], &vec![marker; 400 * 1024]].concat();
+        let long = [1, marker, 0xff, 0xff, 0xff, 0xff, 1];
+        for bytes in [&deep[..], &long[..]] {
+            assert!(decode::<Message>(bytes).is_err(), "{marker:x}");
+            assert!(decode::<Fragment>(bytes).is_err(), "{marker:x}");
+            assert!(decode::<CommitHeader>(bytes).is_err(), "{marker:x}");
+            let frame = Frame::open(&[&[0][..], &bytes[1..]].concat()).unwrap();
+            assert!(frame.sections().is_err(), "{marker:x}");
+        }
+    }
+}

@@ -109,6 +109,8 @@ fn the_options_of_up_have_their_variable_key_and_default() {
             "conflicts_max" => valid::DEFAULT_CONFLICTS_MAX,
             "tombstones_age" => valid::DEFAULT_TOMBSTONES_AGE,
             "absent_age" => valid::DEFAULT_ABSENT_AGE,
+            "log_max_bytes" => valid::DEFAULT_LOG_MAX_BYTES,
+            "log_max_age" => valid::DEFAULT_LOG_MAX_AGE,
             _ => continue,
         };
         assert_eq!(plain(&row[3]), default, "the default of {key}");
@@ -250,6 +252,8 @@ fn the_example_configuration_is_accepted_as_it_is_and_with_each_example() {
             "conflicts_max" => assert_eq!(config.conflicts_max.to_string(), valid::DEFAULT_CONFLICTS_MAX),
             "tombstones_age" => assert_eq!(default, valid::DEFAULT_TOMBSTONES_AGE),
             "absent_age" => assert_eq!(default, valid::DEFAULT_ABSENT_AGE),
+            "log_max_bytes" => assert_eq!(default, valid::DEFAULT_LOG_MAX_BYTES),
+            "log_max_age" => assert_eq!(default, valid::DEFAULT_LOG_MAX_AGE),
             "log" => assert_eq!((default, config.log.as_str()), (valid::DEFAULT_LOG, valid::DEFAULT_LOG)),
             _ => {}
         }
