@@ -1,15 +1,17 @@
 //! This node's JetStream stream: the log of its own commits. Invariant: nothing ever waits for it; it is made when
 //! the cluster lets it, and what it takes is only counted.
 
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tokio::time::{sleep, timeout};
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 use super::conf::placement_tag;
+use super::subjects;
 use crate::core::names::NodeName;
 
 /// A stream of that name exists and is not configured so.
@@ -22,6 +24,12 @@ const LAST_RETRY: Duration = Duration::from_secs(30);
 const ANSWER_PATIENCE: Duration = Duration::from_secs(1);
 /// Somebody may delete the stream: it is looked after.
 const LOOK_AFTER: Duration = Duration::from_secs(300);
+/// How often to look whether it answers, and how long an answer may take before it is asked.
+const GLANCE: Duration = Duration::from_secs(1);
+const OVERDUE: Duration = Duration::from_secs(5);
+const PROBE_PATIENCE: Duration = Duration::from_secs(5);
+/// With less there is no sense in a new stream.
+const ROOM_BYTES: u64 = 16 * 1024 * 1024;
 
 /// How answers are addressed to messages that are sent before the stream is known to be there; else it is a number.
 const UNAWAITED: &str = "unawaited";
@@ -135,6 +143,7 @@ pub(super) async fn keep(
     client: async_nats::Client,
     node: NodeName,
     limits: LogLimits,
+    state_dir: PathBuf,
     counters: Arc<LogCounters>,
 ) {
     let mut delay = FIRST_RETRY;
@@ -145,7 +154,7 @@ pub(super) async fn keep(
                     info!(%node, "the log's stream is there");
                 }
                 delay = FIRST_RETRY;
-                sleep(LOOK_AFTER).await;
+                watch(&client, &node, &state_dir, &counters).await;
             }
             Err(reason) => {
                 debug!(%node, reason, "the log's stream is not there yet");
@@ -155,6 +164,47 @@ pub(super) async fn keep(
             }
         }
     }
+}
+
+/// Watches whether the stream answers, and removes it if it cannot write any more, until it is time to look after it. A
+/// server whose disk was full never writes to the stream again; a new one it does write to. What the old one held
+/// peers find in the rows, as they would have to for what it missed.
+async fn watch(client: &async_nats::Client, node: &NodeName, state_dir: &Path, counters: &LogCounters) {
+    let began = Instant::now();
+    let (mut awaited, mut since) = (counters.awaited.load(Ordering::Relaxed), Instant::now());
+    while began.elapsed() < LOOK_AFTER {
+        sleep(GLANCE).await;
+        let sent = counters.awaited.load(Ordering::Relaxed);
+        if counters.answered.load(Ordering::Relaxed) >= awaited {
+            (awaited, since) = (sent, Instant::now());
+        } else if since.elapsed() >= OVERDUE {
+            since = Instant::now();
+            if takes_messages(client, node).await {
+                // It answers in order: what it did not answer to was lost on the way, or not written.
+                counters.answered.fetch_max(sent, Ordering::Relaxed);
+            } else if has_room(state_dir) && remove(client, node).await {
+                warn!(%node, "the log's stream could not be written any more: it is made anew");
+                counters.exists.store(false, Ordering::Relaxed);
+                counters.answered.fetch_max(sent, Ordering::Relaxed);
+                return;
+            }
+        }
+    }
+}
+
+/// Whether the stream stores a message; one that is nobody's.
+async fn takes_messages(client: &async_nats::Client, node: &NodeName) -> bool {
+    let asked = timeout(PROBE_PATIENCE, client.request(subjects::probe(node), "".into())).await;
+    matches!(asked, Ok(Ok(answer)) if error_of(&answer).is_none())
+}
+
+async fn remove(client: &async_nats::Client, node: &NodeName) -> bool {
+    let request = client.request(format!("$JS.API.STREAM.DELETE.{}", stream_name(node)), "".into());
+    matches!(timeout(PROBE_PATIENCE, request).await, Ok(Ok(answer)) if error_of(&answer).is_none())
+}
+
+fn has_room(state_dir: &Path) -> bool {
+    rustix::fs::statvfs(state_dir).is_ok_and(|d| d.f_bavail.saturating_mul(d.f_frsize) >= ROOM_BYTES)
 }
 
 /// The name of a node's stream.

@@ -165,7 +165,8 @@ impl Fabric {
             }
         });
         let (client, node, log) = (self.client.clone(), self.identity.node.clone(), self.log.clone());
-        self.tasks.spawn(log_stream::keep(client, node, options.log, log));
+        let state_dir = self.identity.state.path().to_owned();
+        self.tasks.spawn(log_stream::keep(client, node, options.log, state_dir, log));
         self.tasks.spawn(self.exchange().run(hellos));
         self.tasks.spawn(watchdog::watch(self.server.clone(), self.identity.ports.monitor, watchdog::PERIOD));
         Ok((self, incoming))

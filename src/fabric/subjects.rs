@@ -37,6 +37,11 @@ pub(super) fn commits_of(node: &NodeName, db: &DbName, site: u64) -> String {
     format!("lm.c.{node}.{db}.{}", SiteToken(site))
 }
 
+/// A message of `node`'s log that is no commit.
+pub(super) fn probe(node: &NodeName) -> String {
+    format!("lm.c.{node}.probe")
+}
+
 /// Who says where it listens.
 pub(super) fn hello_from(subject: &str) -> Option<NodeName> {
     subject.strip_prefix("lm.m.")?.parse().ok()

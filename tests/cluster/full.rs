@@ -216,6 +216,17 @@ fn a_full_state_directory_stops_neither_writes_nor_replication() {
         (count(&a, "b0"), count(&b, "a0"), count(&b, "large"), count(&a, "big")),
         (300, 300, 6000, 6000)
     );
+    let acked = || b.status()["fabric"]["log_acked"].as_u64().unwrap();
+    let before = acked();
+    let mut n = 0;
+    wait_for("the log takes commits again", || {
+        n += 1;
+        write(&of_b, "late", n).unwrap();
+        std::thread::sleep(Duration::from_millis(100));
+        acked() > before
+    });
+    wait_equal(&[&a, &b], FILE);
+    wait_for("what the log missed is not awaited for ever", || b.status()["fabric"]["log_unacked"] == 0);
     wait_for("it says so", || app(&b)["state"] == "ok");
     assert_sound(&[&a, &b]);
 }
