@@ -140,6 +140,6 @@ fn a_row_that_shrinks_by_more_than_that_comes_back() {
         let mut section = frame.sections().unwrap().remove(0);
         let mut row = RowBuffer::default();
         section.next_row(&mut row).unwrap().unwrap();
-        assert_eq!(row.values, [ValueRef::Blob(&value)]);
+        assert!(matches!(row.values[..], [ValueRef::Blob(found)] if found == value));
     }
 }
