@@ -203,7 +203,7 @@ impl FrameWriter {
 
 /// What so many compressed bytes may unpack to.
 fn most_unpacked(packed: usize) -> u64 {
-    (packed as u64).saturating_mul(UNPACKED_TIMES).max(UNPACKED_BYTES).min(MAX_FRAME_BYTES)
+    (packed as u64).saturating_mul(UNPACKED_TIMES).clamp(UNPACKED_BYTES, MAX_FRAME_BYTES)
 }
 
 /// Writing into memory cannot fail.
