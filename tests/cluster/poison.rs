@@ -33,7 +33,9 @@ fn a_commit_that_cannot_be_applied_stops_its_feed_alone() {
     nodes.iter_mut().for_each(|n| n.extra = vec!["--schema".into(), "manual".into()]);
     nodes[0].start(None);
     let token = nodes[0].token();
-    nodes[1..].iter_mut().for_each(|n| drop(n.start(Some(&token))));
+    for node in &mut nodes[1..] {
+        node.start(Some(&token));
+    }
     let [a, b, c] = &nodes[..] else { unreachable!() };
     let extra = "CREATE TABLE extra(id TEXT PRIMARY KEY NOT NULL, v)";
     [a, c].iter().for_each(|n| n.exec("app.db", extra));
