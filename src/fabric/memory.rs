@@ -23,6 +23,9 @@ pub struct Weather {
     pub max_delay_ms: u64,
 }
 
+/// Database, site and payload of each message.
+type Log = VecDeque<(DbName, u64, Bytes)>;
+
 /// A network of named endpoints.
 pub struct MemoryFabric {
     random: StdRng,
@@ -32,7 +35,7 @@ pub struct MemoryFabric {
     flying: BTreeMap<(u64, u64), (NodeName, NodeName, Incoming)>,
     sequence: u64,
     /// What each node's log took, and the place of the first that it still holds.
-    logs: BTreeMap<NodeName, (u64, VecDeque<(DbName, u64, Bytes)>)>,
+    logs: BTreeMap<NodeName, (u64, Log)>,
     /// How many messages a log keeps.
     log_size: usize,
 }
@@ -156,7 +159,7 @@ impl MemoryFabric {
 }
 
 /// Reads a log whose first message is at `first`.
-fn read(first: u64, log: &VecDeque<(DbName, u64, Bytes)>, asked: &LogRequest) -> (Vec<Bytes>, LogEnd) {
+fn read(first: u64, log: &Log, asked: &LogRequest) -> (Vec<Bytes>, LogEnd) {
     let of_feed = (first..).zip(log).filter(|(_, (db, site, _))| *db == asked.db && *site == asked.site);
     let mut of_feed = of_feed.map(|(at, (.., payload))| (at, payload.clone())).peekable();
     if let Some(position) = asked.position {

@@ -221,7 +221,7 @@ fn one_copy_started_on_two_nodes_at_once_goes_on_as_two_sites() {
     let all = "newer=1 of a=1 of b=1 of c=1 of d=1 unsent of c=1 unsent of d=1";
     wait_for("all have all", || [&a, &b, &c, &d].iter().all(|n| rows(n) == all));
     wait_equal(&[&a, &b, &c, &d], "app.db");
-    let mut sites: Vec<String> = [&a, &b, &c, &d].map(|n| site(n)).into();
+    let mut sites: Vec<String> = [&a, &b, &c, &d].map(site).into();
     sites.sort();
     sites.dedup();
     assert_eq!(sites.len(), 4, "{sites:?}");

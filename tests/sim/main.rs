@@ -10,6 +10,7 @@ mod clocks;
 mod compare;
 mod ddl;
 mod ddl_names;
+mod ddl_random;
 mod history;
 mod mixed;
 mod rare;

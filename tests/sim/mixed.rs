@@ -17,6 +17,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use rusqlite::Connection;
 
+use crate::ddl_random::schema_statement;
 use crate::history::plain_statement;
 use crate::world::{SCHEMA, UNIQUE, copy_database, db, memory, spool};
 
@@ -73,33 +74,6 @@ impl Options {
     pub fn storm() -> Self {
         let weather = Weather { drop: 0.15, duplicate: 0.15, max_delay_ms: 400 };
         Self { steps: 250, weather, cuts: 0.03, kills: 0.03, ..Self::calm() }
-    }
-}
-
-/// A change of the schema, or of rows in tables that come and go. One name always means one definition: what
-/// contradicts itself is for people to settle.
-fn schema_statement(r: &mut StdRng) -> String {
-    let x = r.random_range(0..3);
-    let (c, d) = (r.random_range(0..3), r.random_range(0..3));
-    let (id, n) = (r.random_range(1..6), r.random_range(0..100));
-    match r.random_range(0..23) {
-        0..3 => format!("CREATE TABLE IF NOT EXISTS x{x}(id INTEGER PRIMARY KEY, a)"),
-        3 => format!("DROP TABLE x{x}"),
-        4..7 => format!("ALTER TABLE x{x} ADD COLUMN c{c} TEXT DEFAULT 'none'"),
-        7 => format!("ALTER TABLE x{x} DROP COLUMN c{c}"),
-        8 => format!("ALTER TABLE x{x} RENAME COLUMN c{c} TO c{d}"),
-        9 => format!("ALTER TABLE x{x} RENAME TO x{c}"),
-        10 => format!("CREATE INDEX IF NOT EXISTS i{x} ON x{x}(a)"),
-        11 => format!("DROP INDEX IF EXISTS i{x}"),
-        12 => format!("CREATE VIEW IF NOT EXISTS v{x} AS SELECT {x}"),
-        13 => format!("DROP VIEW v{x}"),
-        14 => format!("UPDATE x{x} SET c{c} = 'w{n}' WHERE id = {id}"),
-        15 => format!("DELETE FROM x{x} WHERE id = {id}"),
-        16 => format!("ALTER TABLE r{x} RENAME TO r{c}"),
-        17 => format!(
-            "ALTER TABLE x{c} RENAME TO y; ALTER TABLE x{d} RENAME TO x{c}; ALTER TABLE y RENAME TO x{d}"
-        ),
-        _ => format!("INSERT OR REPLACE INTO x{x}(id, a) VALUES({id}, {n})"),
     }
 }
 

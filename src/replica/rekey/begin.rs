@@ -21,7 +21,8 @@ use crate::replica::plan::Plan;
 use crate::replica::store::{Store, TableFilter};
 use crate::replica::{ReplicaError, Result};
 
-const TABLES: &str = "
+/// What a file needs whose tables keep both, besides a table of its own for each.
+pub const TABLES: &str = "
 CREATE TABLE IF NOT EXISTS __litemesh_rekey(tbl INTEGER PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS __litemesh_fixed(tbl INTEGER NOT NULL, site INTEGER NOT NULL, hlc INTEGER NOT NULL,
   PRIMARY KEY(tbl, site)) WITHOUT ROWID;

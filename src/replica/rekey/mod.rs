@@ -14,6 +14,7 @@ mod own;
 mod places;
 mod whereabouts;
 
+pub use begin::TABLES;
 pub(super) use begin::refresh;
 pub(super) use follow::Moves;
 pub(super) use links::{Link, Links};
