@@ -202,6 +202,8 @@ pub(super) fn place_triggers(conn: &Connection, table: &Table) -> Result<bool> {
     }
     for (name, sql) in &wanted {
         if all.get(name) != Some(sql) {
+            // One that was taken out of the schema table by hand is still known to this connection.
+            conn.execute_batch(&format!("DROP TRIGGER IF EXISTS main.{}", ident(name)))?;
             conn.execute_batch(sql)?;
         }
     }
@@ -321,4 +323,34 @@ fn mixed_trigger(trigger: &AppTrigger) -> String {
          not happen for rows that arrive from peers; split it in two",
         trigger.name
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use rusqlite::config::DbConfig;
+
+    use super::*;
+    use crate::sqlite::introspect;
+
+    #[test]
+    fn triggers_that_were_taken_out_of_the_schema_table_are_put_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = || Connection::open(dir.path().join("app.db")).unwrap();
+        let conn = open();
+        conn.execute_batch("CREATE TABLE t(id INTEGER PRIMARY KEY, v)").unwrap();
+        install(&conn, 1, SiteId(5)).unwrap();
+        let mut tables = introspect::read(&conn).unwrap().tables;
+        let mut table = tables.remove(tables.iter().position(|t| t.name == "t").unwrap());
+        registry::register(&conn, &mut table, "t").unwrap();
+        place_triggers(&conn, &table).unwrap();
+        let other = open();
+        other.set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, false).unwrap();
+        other
+            .execute_batch("PRAGMA writable_schema = ON; DELETE FROM sqlite_schema WHERE type = 'trigger'")
+            .unwrap();
+        place_triggers(&conn, &table).unwrap();
+        open().execute_batch("INSERT INTO t VALUES(1, 2)").unwrap();
+        let logged: i64 = conn.query_row("SELECT count(*) FROM __litemesh_log", [], |r| r.get(0)).unwrap();
+        assert_eq!(logged, 1);
+    }
 }
