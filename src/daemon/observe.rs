@@ -13,6 +13,7 @@ use time::format_description::well_known::Rfc3339;
 use super::router::Router;
 use crate::config::Config;
 use crate::core::names::DbName;
+use crate::core::vector::Vector;
 use crate::core::verify::Outcome;
 use crate::core::version::SiteId;
 use crate::fabric::Fabric;
@@ -206,9 +207,8 @@ impl Observer {
 fn add_outcomes(databases: &mut [DatabaseStatus], outcomes: &BTreeMap<DbName, (Outcome, u64)>, now_ms: u64) {
     for (name, (o, noted_ms)) in outcomes {
         let Some(db) = databases.iter_mut().find(|d| d.name == name.as_str()) else { continue };
-        let at = OffsetDateTime::from_unix_timestamp((o.at_ms / 1_000) as i64).ok();
         db.verified = Some(Verified {
-            at: at.and_then(|t| t.format(&Rfc3339).ok()).unwrap_or_default(),
+            at: rfc3339(o.at_ms),
             age_s: now_ms.saturating_sub(*noted_ms) as f64 / 1_000.0,
             took_s: o.took_ms as f64 / 1_000.0,
             by: o.by.to_string(),
@@ -299,8 +299,7 @@ fn describe(
     let peers = engine.peers().iter().map(|(node, peer)| {
         let theirs = &peer.holding;
         let behind = ours.saturating_sub(theirs.vector.n(head.site));
-        let lacking = theirs.vector.0.iter().map(|(s, p)| p.n.saturating_sub(head.vector.n(*s)));
-        let missing = lacking.fold(0, u64::saturating_add);
+        let missing = missing_commits(peer, &head.vector);
         DatabasePeer {
             node: node.to_string(),
             site: theirs.site.to_string(),
@@ -347,17 +346,13 @@ fn describe(
 fn catching_up(engine: &Engine, now_ms: u64) -> Option<CatchingUp> {
     let c = engine.catching_up()?;
     let held = &engine.store().head().vector;
-    let missing = |p: &Peer| {
-        let lacking = p.holding.vector.0.iter().map(|(s, p)| p.n.saturating_sub(held.n(*s)));
-        lacking.fold(0, u64::saturating_add)
-    };
     let for_s = now_ms.saturating_sub(c.since_ms) as f64 / 1_000.0;
     let rate = |n: u64| if for_s > 0.0 { n as f64 / for_s } else { 0.0 };
     Some(CatchingUp {
         via: c.via.to_owned(),
         node: c.node.to_string(),
         for_s,
-        missing_commits: engine.peers().values().map(missing).max().unwrap_or(0),
+        missing_commits: engine.peers().values().map(|p| missing_commits(p, held)).max().unwrap_or(0),
         commits: c.commits,
         commits_per_s: rate(c.commits),
         bytes: c.bytes,
@@ -366,13 +361,20 @@ fn catching_up(engine: &Engine, now_ms: u64) -> Option<CatchingUp> {
 }
 
 fn file_events(store: &Store) -> Vec<FileEvent> {
-    let all = store.events().unwrap_or_default().into_iter();
-    let at = |ms: u64| OffsetDateTime::from_unix_timestamp((ms / 1_000) as i64).ok();
-    let event = |e: Event| FileEvent {
-        at: at(e.at_ms).and_then(|t| t.format(&Rfc3339).ok()).unwrap_or_default(),
-        what: e.what,
-    };
-    all.map(event).collect()
+    let event = |e: Event| FileEvent { at: rfc3339(e.at_ms), what: e.what };
+    store.events().unwrap_or_default().into_iter().map(event).collect()
+}
+
+/// A time since 1970 as status tells it.
+fn rfc3339(ms: u64) -> String {
+    let at = OffsetDateTime::from_unix_timestamp((ms / 1_000) as i64).ok();
+    at.and_then(|t| t.format(&Rfc3339).ok()).unwrap_or_default()
+}
+
+/// How many commits a peer holds that are not held here.
+fn missing_commits(peer: &Peer, held: &Vector) -> u64 {
+    let lacking = peer.holding.vector.0.iter().map(|(s, p)| p.n.saturating_sub(held.n(*s)));
+    lacking.fold(0, u64::saturating_add)
 }
 
 /// How far the file's clock is ahead of the mesh's, if that is further than other nodes follow.

@@ -12,6 +12,7 @@ mod readers;
 #[allow(dead_code)]
 mod site;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, TestRng, TestRunner};
@@ -22,6 +23,15 @@ fn number(name: &str, default: u64) -> u64 {
 
 fn corpus(reader: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/corpus").join(reader)
+}
+
+/// What it gives, or what it panicked with.
+fn attempt<T>(what: impl FnOnce() -> T) -> Result<T, String> {
+    catch_unwind(AssertUnwindSafe(what)).map_err(|panic| {
+        let text = panic.downcast_ref::<String>().cloned();
+        let text = text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()));
+        format!("it panicked: {}", text.unwrap_or_default())
+    })
 }
 
 /// The samples of a reader.

@@ -1,7 +1,6 @@
 //! What a peer sends, into a database: a commit or a page is taken in whole or not at all, nothing panics, the file
 //! stays sound, and what was right in the first place is taken in afterwards.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
@@ -16,7 +15,7 @@ use litemesh::replica::{adopt, copy};
 use rusqlite::Connection;
 
 use crate::site::{START_MS, Site, talk};
-use crate::{fuzz, fuzz_also, write_samples};
+use crate::{attempt, fuzz, fuzz_also, write_samples};
 
 const SCHEMA: &str = "CREATE TABLE t(id INTEGER PRIMARY KEY, v, w TEXT UNIQUE);
     CREATE TABLE k(a TEXT, b BLOB, c REAL, PRIMARY KEY(a, b)) WITHOUT ROWID;
@@ -80,14 +79,6 @@ fn dump(conn: &Connection) -> String {
 fn is_sound(conn: &Connection) -> Result<(), String> {
     let found: String = conn.query_row("PRAGMA integrity_check", [], |r| r.get(0)).unwrap();
     if found == "ok" { Ok(()) } else { Err(found) }
-}
-
-fn attempt<T>(what: impl FnOnce() -> T) -> Result<T, String> {
-    catch_unwind(AssertUnwindSafe(what)).map_err(|panic| {
-        let text = panic.downcast_ref::<String>().cloned();
-        let text = text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()));
-        format!("it panicked: {}", text.unwrap_or_default())
-    })
 }
 
 /// The commits of the writer, and the messages that tell of them.

@@ -1,7 +1,5 @@
 //! Readers that need nothing but bytes.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
-
 use litemesh::config::raw::Raw;
 use litemesh::core::frame::{Frame, RowBuffer};
 use litemesh::core::message::{CommitHeader, Fragment, Message, decode, encode};
@@ -9,22 +7,14 @@ use litemesh::core::{ddl, names};
 use litemesh::fabric::JoinToken;
 use litemesh::fabric::keys::MeshKey;
 
-use crate::{fuzz, write_samples};
+use crate::{attempt, fuzz, write_samples};
 
 const CASES: u64 = 20_000;
-
-fn quietly(what: impl FnOnce()) -> Result<(), String> {
-    catch_unwind(AssertUnwindSafe(what)).map_err(|panic| {
-        let text = panic.downcast_ref::<String>().cloned();
-        let text = text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()));
-        format!("it panicked: {}", text.unwrap_or_default())
-    })
-}
 
 #[test]
 fn messages() {
     fuzz("message", CASES, |bytes| {
-        quietly(|| {
+        attempt(|| {
             if let Ok(message) = decode::<Message>(bytes) {
                 assert_eq!(decode::<Message>(&encode(&message)), Ok(message), "it does not come back");
             }
@@ -35,7 +25,7 @@ fn messages() {
 #[test]
 fn pieces_and_headers() {
     fuzz("piece", CASES, |bytes| {
-        quietly(|| {
+        attempt(|| {
             if let Ok(piece) = decode::<Fragment>(bytes) {
                 drop(piece.begins());
             }
@@ -47,7 +37,7 @@ fn pieces_and_headers() {
 #[test]
 fn frames() {
     fuzz("frame", CASES, |bytes| {
-        quietly(|| {
+        attempt(|| {
             let Ok(frame) = Frame::open(bytes) else { return };
             let Ok(sections) = frame.sections() else { return };
             for mut section in sections {
@@ -64,7 +54,7 @@ fn join_tokens() {
     let token = JoinToken::new(MeshKey::from_bytes([9; 32]), addresses.to_vec()).unwrap();
     write_samples("token", &[token.reveal().into_bytes()]);
     fuzz("token", CASES, |bytes| {
-        quietly(|| {
+        attempt(|| {
             let text = String::from_utf8_lossy(bytes);
             match text.parse::<JoinToken>() {
                 Ok(token) => drop(token.reveal().parse::<JoinToken>().expect("it is read again")),
@@ -77,7 +67,7 @@ fn join_tokens() {
 #[test]
 fn definitions_of_the_schema() {
     fuzz("definition", CASES, |bytes| {
-        quietly(|| {
+        attempt(|| {
             let text = String::from_utf8_lossy(bytes);
             drop(ddl::parse_table(&text));
             drop((ddl::normal(&text), ddl::column_shape(&text), ddl::on_table(&text)));
@@ -94,7 +84,7 @@ fn configuration_files() {
     let file = dir.path().join("litemesh.toml");
     fuzz("config", 2_000, |bytes| {
         std::fs::write(&file, bytes).unwrap();
-        quietly(|| drop(Raw::from_file(&file)))
+        attempt(|| drop(Raw::from_file(&file)))
     });
 }
 
