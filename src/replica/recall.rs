@@ -1,11 +1,10 @@
-//! Rows that a file lacks because its table was dropped here and turns out to live on elsewhere: it asks for them, and
-//! whoever has the table tells all of it again. Invariant: who is asked holds by then whatever the asker had ever been
+//! Rows that a file lacks because its table, or values because their column, was dropped or renamed here and turns out to
+//! live on elsewhere: it asks for them, and whoever has the table tells all of it again. Invariant: who is asked holds by then whatever the asker had ever been
 //! sent; rows are told as they are, tombstones included, so that to hear them twice changes nothing.
 
 use std::collections::BTreeSet;
 
 use super::Result;
-use super::adopt;
 use super::identity::Classes;
 use super::plan::Plan;
 use super::schema::{Kind, ObjectKey};
@@ -66,7 +65,8 @@ impl Store {
         Ok(self.conn.prepare_cached(sql)?.exists([plan.table.id])?)
     }
 
-    /// Tells again what this file has of tables and columns that a peer lacks.
+    /// Tells again all of the tables of which a peer lacks rows, or a column's values: as they are, because a value told as
+    /// a new write would be later than what others have meanwhile, and an untouched one would not be told.
     pub(super) fn tell_doubtful(&mut self) -> Result<()> {
         if self.doubtful.is_empty() {
             return Ok(());
@@ -74,13 +74,8 @@ impl Store {
         let classes = Classes::read(&self.conn)?;
         for key in std::mem::take(&mut self.doubtful) {
             let Some(plan) = self.plan_of(classes.of(key.table_name())) else { continue };
-            if key.kind == Kind::Column {
-                let column = plan.table.column(&key.name).map(|c| c.id);
-                adopt::log_new_columns(&self.conn, &plan.table, &Vec::from_iter(column))?;
-            } else {
-                self.tell_whole(&plan)?;
-                self.log_told(&plan)?;
-            }
+            self.tell_whole(&plan)?;
+            self.log_told(&plan)?;
             self.unsettled = true;
         }
         Ok(())

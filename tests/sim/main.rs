@@ -184,11 +184,17 @@ fn mix(name: &str, default: u64, options: impl Fn(u64) -> mixed::Options) {
 
 #[test]
 fn changes_of_the_schema_converge() {
-    mix("schema", 90, |seed| mixed::Options {
-        nodes: 2 + (seed % 3) as usize,
-        ddl: true,
-        ..mixed::Options::storm()
-    });
+    mix("schema", 90, schema_storm);
+}
+
+/// A column that came to its name by a rename on one node, and by another way on the other.
+#[test]
+fn a_column_renamed_on_several_nodes_has_one_value() {
+    mixed::World::new(277, schema_storm(277)).run();
+}
+
+fn schema_storm(seed: u64) -> mixed::Options {
+    mixed::Options { nodes: 2 + (seed % 3) as usize, ddl: true, ..mixed::Options::storm() }
 }
 
 #[test]
