@@ -11,6 +11,7 @@ use litemesh::core::digest::{Layout, Seen};
 use litemesh::core::value::Value;
 use litemesh::core::verify::{Cell, Held, Key, Lookup, Question, Reply};
 use litemesh::replica::compare::{Compared, Comparison, Finding, Pace, Peer, batches, look_there};
+use litemesh::replica::engine::Engine;
 use litemesh::replica::forget::Forgetting;
 use litemesh::replica::plan::Plan;
 use litemesh::replica::repair::{Fate, Restamp};
@@ -161,30 +162,38 @@ fn compare_two(
     comparison.compared
 }
 
-/// One site of a history that is written out, as its reader sees it.
-struct Alone<'a>(RefCell<&'a mut Site>);
+/// A file with nobody at work on it but us, as its reader sees it.
+struct Alone<'a> {
+    engine: RefCell<&'a mut Engine>,
+    now_ms: u64,
+}
+
+impl<'a> Alone<'a> {
+    fn new(engine: &'a mut Engine, now_ms: u64) -> Self {
+        Self { engine: RefCell::new(engine), now_ms }
+    }
+}
 
 impl Owner for Alone<'_> {
     fn plans(&self) -> Result<(Vec<Arc<Plan>>, i64), ReplicaError> {
-        let site = self.0.borrow();
-        let store = site.engine.store();
-        Ok((store.plans().cloned().collect(), store.schema_version()))
+        let engine = self.engine.borrow();
+        Ok((engine.store().plans().cloned().collect(), engine.store().schema_version()))
     }
 
     fn absorb(&self) -> Result<(), ReplicaError> {
-        self.0.borrow_mut().engine.absorb()
+        self.engine.borrow_mut().absorb()
     }
 
     fn put_back_triggers(&self) -> Result<(), ReplicaError> {
-        self.0.borrow_mut().engine.put_back_triggers()
+        self.engine.borrow_mut().put_back_triggers()
     }
 
     fn look_up(&self, lookup: &Lookup) -> Result<(Vec<Seen>, Held), ReplicaError> {
-        self.0.borrow_mut().engine.look_up(lookup, START_MS)
+        self.engine.borrow_mut().look_up(lookup, self.now_ms)
     }
 
     fn held(&self) -> Result<Held, ReplicaError> {
-        Ok(self.0.borrow().engine.store().held())
+        Ok(self.engine.borrow().store().held())
     }
 
     fn snapshot(&self) -> Result<Connection, ReplicaError> {
@@ -192,15 +201,15 @@ impl Owner for Alone<'_> {
     }
 
     fn lineage(&self) -> Result<u64, ReplicaError> {
-        Ok(self.0.borrow().engine.store().head().lineage)
+        Ok(self.engine.borrow().store().head().lineage)
     }
 
     fn repair_date_ms(&self) -> Result<u64, ReplicaError> {
-        Ok(self.0.borrow().engine.repair_date_ms(START_MS))
+        Ok(self.engine.borrow().repair_date_ms(self.now_ms))
     }
 
     fn restamp(&self, order: Restamp) -> Result<Vec<Fate>, ReplicaError> {
-        self.0.borrow_mut().engine.restamp(&order)
+        self.engine.borrow_mut().restamp(&order)
     }
 }
 
@@ -233,7 +242,7 @@ impl Pace for Hurried {
 fn compare_sites(a: &mut Site, b: &mut Site) -> Result<Vec<Finding>, String> {
     let reader = |s: &Site| Reader::with_connection(Connection::open(&s.uri).unwrap());
     let (mut here, there) = (reader(a), reader(b));
-    let (a, b) = (Alone(RefCell::new(a)), Alone(RefCell::new(b)));
+    let (a, b) = (Alone::new(&mut a.engine, START_MS), Alone::new(&mut b.engine, START_MS));
     let mut peer = Answering(&b, there);
     let mut found = Vec::new();
     let result = Comparison::new(&a, &mut here, &mut peer, &mut Hurried).run(None, &mut |f| {
@@ -241,6 +250,39 @@ fn compare_sites(a: &mut Site, b: &mut Site) -> Result<Vec<Finding>, String> {
         Ok(())
     });
     result.map(|()| found).map_err(|e| e.to_string())
+}
+
+/// A file of a world and where it is.
+pub struct File<'a> {
+    pub engine: &'a mut Engine,
+    pub uri: String,
+}
+
+/// Writes the rows of a table that differ from those of the others again, as a node does whose application rebuilt it.
+pub fn write_again(here: File<'_>, others: Vec<File<'_>>, table: &str, now_ms: u64) {
+    let reader = |uri: &str| Reader::with_connection(Connection::open(uri).unwrap());
+    let (owner, mut own) = (Alone::new(here.engine, now_ms), reader(&here.uri));
+    let others: Vec<_> = others.into_iter().map(|f| (Alone::new(f.engine, now_ms), f.uri)).collect();
+    for (other, uri) in &others {
+        let mut peer = Answering(other, reader(uri));
+        let done =
+            Comparison::new(&owner, &mut own, &mut peer, &mut Hurried).run(Some(table), &mut |findings| {
+                let layout = findings[0].layout.clone();
+                for batch in batches(findings.into_iter().map(|f| (f.key, ())).collect()) {
+                    let keys: Vec<Key> = batch.into_iter().map(|(k, ())| k).collect();
+                    let clock_ms = owner.repair_date_ms()?;
+                    let lookup =
+                        Lookup { layout: layout.clone(), keys: keys.clone(), later_than_ms: Some(clock_ms) };
+                    let mut peers = Vec::new();
+                    for (other, uri) in &others {
+                        peers.push(look_there(&mut Answering(other, reader(uri)), lookup.clone())?);
+                    }
+                    owner.restamp(Restamp { layout: layout.clone(), keys, peers, clock_ms })?;
+                }
+                Ok(())
+            });
+        done.unwrap();
+    }
 }
 
 #[test]

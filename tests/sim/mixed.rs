@@ -17,6 +17,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use rusqlite::Connection;
 
+use crate::compare::{File, write_again};
 use crate::ddl_random::schema_statement;
 use crate::history::plain_statement;
 use crate::world::{SCHEMA, UNIQUE, copy_database, db, memory, spool};
@@ -495,6 +496,34 @@ impl World {
         for i in 0..self.nodes.len() {
             self.start(i);
         }
+        loop {
+            self.agree();
+            if !self.compare_rebuilt() {
+                return;
+            }
+        }
+    }
+
+    /// What the daemon does by itself when nodes meet: tables that an application rebuilt are compared with the peers'.
+    fn compare_rebuilt(&mut self) -> bool {
+        let found = self.nodes.iter().enumerate().find_map(|(i, n)| {
+            let tables = n.engine.as_ref()?.store().rebuilt_tables().unwrap();
+            Some((i, tables.into_iter().next()?))
+        });
+        let Some((i, table)) = found else { return false };
+        let mut files: Vec<(usize, File<'_>)> = Vec::new();
+        for (j, node) in self.nodes.iter_mut().enumerate() {
+            let uri = node.uri.clone();
+            files.extend(node.engine.as_mut().map(|engine| (j, File { engine, uri })));
+        }
+        let (here, others): (Vec<_>, Vec<_>) = files.into_iter().partition(|(j, _)| *j == i);
+        let here = here.into_iter().next().unwrap().1;
+        write_again(here, others.into_iter().map(|(_, f)| f).collect(), &table, self.now_ms);
+        self.nodes[i].engine.as_mut().unwrap().store_mut().forget_rebuilt(&table).unwrap();
+        true
+    }
+
+    fn agree(&mut self) {
         // What was dated ahead by a node that heard nobody may have to wait for its time.
         let pause_ms = if self.options.skew_ms > 60_000 { 3_000 } else { 50 };
         for round in 0..3_000 {
