@@ -24,6 +24,9 @@ use crate::sqlite::introspect::{self, AppTrigger, Schema};
 /// The prefix of TEMP triggers that stand in for the application's on our connection.
 const TEMP_PREFIX: &str = "__litemesh_temp_";
 
+/// Under this key: the tables that had rows when the file was adopted.
+const UNTOUCHED: &str = "untouched";
+
 /// Whether the file has litemesh's tables.
 pub fn is_adopted(conn: &Connection) -> rusqlite::Result<bool> {
     let sql = "SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = '__litemesh_meta'";
@@ -114,7 +117,10 @@ pub(super) fn refresh(store: &mut Store, cause: Cause) -> Result<()> {
             log_new_columns(&store.conn, &table, &registration.new_columns)?;
             if !had_triggers {
                 log_difference(&store.conn, &table)?;
-                store.note_rebuilt(&table.name)?;
+                if !tables_with_untouched_rows(&store.conn)?.is_none_or(|ids| ids.contains(&table.id)) {
+                    log_unknown_rows(&store.conn, &table)?;
+                }
+                store.note_rebuilt(table.id)?;
                 store.notes.push(rebuilt(&table));
             }
         }
@@ -123,6 +129,9 @@ pub(super) fn refresh(store: &mut Store, cause: Cause) -> Result<()> {
     }
     let present = schema.tables.iter().map(|t| t.name.to_lowercase()).collect();
     registry::forget_missing(&store.conn, &present)?;
+    if adopted.is_none() {
+        note_untouched_rows(store)?;
+    }
     if adopted != Some(1) {
         Store::set_meta(&store.conn, "adopted", 1)?;
     }
@@ -258,6 +267,39 @@ fn log_difference(conn: &Connection, table: &Table) -> Result<()> {
          {into}, {OP_INSERT}, julianday('now'), {} FROM {name} AS t
            WHERE EXISTS(SELECT 1 FROM {state} AS s WHERE s.dh IS NOT NULL AND {same});",
         list(&table.key, |k| format!("t.{}", k.sql)),
+    ))?;
+    Ok(())
+}
+
+/// Keeps which tables have rows that were there at adoption, of which nothing is known until they are written.
+fn note_untouched_rows(store: &Store) -> Result<()> {
+    let mut ids = Vec::new();
+    for plan in &store.plans {
+        let (table, any) = (&plan.table, format!("SELECT 1 FROM {} LIMIT 1", ident(&plan.table.name)));
+        if store.conn.prepare(&any)?.exists([])? {
+            ids.push(table.id);
+        }
+    }
+    Ok(Store::set_meta(&store.conn, UNTOUCHED, serde_json::json!(ids).to_string())?)
+}
+
+fn tables_with_untouched_rows(conn: &Connection) -> Result<Option<Vec<i64>>> {
+    let kept: Option<String> = Store::meta(conn, UNTOUCHED)?;
+    Ok(kept.and_then(|k| serde_json::from_str(&k).ok()))
+}
+
+/// Of a table without untouched rows: one of which nothing is known came while nobody looked.
+fn log_unknown_rows(conn: &Connection, table: &Table) -> Result<()> {
+    let same = (0..table.key.len()).map(|i| format!("t.{} = s.k{i}", table.key[i].sql));
+    conn.execute_batch(&format!(
+        "INSERT INTO {PREFIX}log(tbl, op, ms, {}) SELECT {}, {OP_INSERT}, julianday('now'), {} FROM {} AS t
+           WHERE NOT EXISTS(SELECT 1 FROM {} AS s WHERE {});",
+        list(0..table.key.len(), |i| format!("k{i}")),
+        table.id,
+        list(&table.key, |k| format!("t.{}", k.sql)),
+        ident(&table.name),
+        state_table(table),
+        same.collect::<Vec<_>>().join(" AND "),
     ))?;
     Ok(())
 }

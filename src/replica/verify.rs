@@ -1,6 +1,7 @@
 //! Reading rows to compare them with another node's. Invariant: what is read was absorbed, and on the disk by a commit
 //! of ours, before it is told to anybody; no read transaction of a range lasts longer than the range.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -345,16 +346,22 @@ impl Store {
 
     /// Tables that were without triggers for a while, and have not been compared with a peer since.
     pub fn rebuilt_tables(&self) -> Result<Vec<String>> {
+        let kept = self.rebuilt_ids()?;
+        let tables = self.plans().map(|p| &p.table).filter(|t| kept.contains(&t.id));
+        Ok(tables.map(|t| t.name.clone()).collect())
+    }
+
+    /// Their numbers: such a table may be renamed, and another get its name, before it is compared.
+    fn rebuilt_ids(&self) -> Result<BTreeSet<i64>> {
         let kept: Option<String> = Self::meta(&self.conn, REBUILT)?;
         Ok(kept.and_then(|k| serde_json::from_str(&k).ok()).unwrap_or_default())
     }
 
     /// A table was without triggers for a while. Within a transaction.
-    pub(super) fn note_rebuilt(&self, table: &str) -> Result<()> {
-        let mut tables = self.rebuilt_tables()?;
-        if !tables.iter().any(|t| t.eq_ignore_ascii_case(table)) {
-            tables.push(table.to_owned());
-            Self::set_meta(&self.conn, REBUILT, serde_json::json!(tables).to_string())?;
+    pub(super) fn note_rebuilt(&self, table: i64) -> Result<()> {
+        let mut ids = self.rebuilt_ids()?;
+        if ids.insert(table) {
+            Self::set_meta(&self.conn, REBUILT, serde_json::json!(ids).to_string())?;
         }
         Ok(())
     }
@@ -362,9 +369,11 @@ impl Store {
     /// A table was compared, and what had changed in it was told.
     pub fn forget_rebuilt(&mut self, table: &str) -> Result<()> {
         self.write(|store| {
-            let mut tables = store.rebuilt_tables()?;
-            tables.retain(|t| !t.eq_ignore_ascii_case(table));
-            Ok(Self::set_meta(&store.conn, REBUILT, serde_json::json!(tables).to_string())?)
+            let mut ids = store.rebuilt_ids()?;
+            if let Some(plan) = store.plan(table) {
+                ids.remove(&plan.table.id);
+            }
+            Ok(Self::set_meta(&store.conn, REBUILT, serde_json::json!(ids).to_string())?)
         })
     }
 
