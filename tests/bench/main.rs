@@ -1,8 +1,11 @@
 //! The figures of this release, each against its baseline in the same run: `cargo bench --bench figures`, with names of
-//! measurements (`capture`, `start`, `bulk`, `lag`, `verify`) as arguments to run only those.
+//! measurements (`capture`, `start`, `bulk`, `lag`, `verify`, `join`, `catchup`) as arguments to run only those.
 
+mod catchup;
+mod join;
 #[path = "../support/mod.rs"]
 mod support;
+mod writer;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -34,6 +37,8 @@ fn main() {
     run("bulk", bulk);
     run("lag", lag);
     run("verify", verify);
+    run("join", join::join);
+    run("catchup", catchup::catchup);
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
