@@ -1,7 +1,9 @@
 //! The composition root: builds a node from its configuration, runs it, and drains it in order. Invariant: shutting
 //! down goes from the files outwards: absorb, send, close, then stop the server.
 
+pub mod cdc;
 pub mod control;
+pub mod control_changes;
 pub mod control_verify;
 pub mod databases;
 pub mod divergence;
@@ -87,6 +89,7 @@ pub async fn run(config: Config, started: impl FnOnce(&Started)) -> Result<()> {
     let observer = Observer::new(&config, state.dir(), fabric.clone(), router.clone());
     tasks.spawn(observer.clone().run());
     keep_verifying(&config, &fabric, &router, &mut tasks);
+    cdc::keep_publishing(&config, &state, &fabric, &router, &mut tasks);
     tasks.spawn(router.clone().keep_rechecking());
     tasks.spawn(recovery::keep_catching_up(router.clone(), state.spool()));
     let (detach, detaching) = mpsc::channel(4);

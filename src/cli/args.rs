@@ -101,6 +101,18 @@ pub enum Command {
     #[command(subcommand)]
     Conflicts(ConflictsCommand),
 
+    /// Print changes of rows as they become visible here, as JSON lines.
+    ///
+    /// Whichever node wrote them; each line has the row as it is then. Without --since or --resume it begins with what
+    /// happens from now on. Ends on Ctrl-C; while the node is stopped it waits for it.
+    Watch(WatchArgs),
+
+    /// Print what a NATS client of this host needs to reach the node's nats-server.
+    ///
+    /// As lines for the shell, with the variables that the nats CLI reads: eval "$(litemesh env)". The password is
+    /// shown: it opens the account of the host's programs, and nothing of litemesh's own.
+    Env(EnvArgs),
+
     /// Stop replicating a file and remove every trace of litemesh from it.
     ///
     /// Its rows stay as they are; our tables and triggers go. If the node runs, it is asked to do it, and goes
@@ -232,6 +244,9 @@ pub struct UpArgs {
     /// conflict.
     #[arg(long)]
     pub merge: bool,
+    /// Tell this host's programs of every change of a row, over NATS: cdc.DB.TABLE.insert, .update and .delete.
+    #[arg(long)]
+    pub cdc: bool,
     /// What to log: error, warn, info, debug, trace, or filters of single modules [default:
     /// info,nats=warn,async_nats=warn].
     #[arg(long, value_name = "LEVEL")]
@@ -294,6 +309,7 @@ impl UpArgs {
             log_max_bytes: self.log_max_bytes.clone(),
             log_max_age: self.log_max_age.clone(),
             merge: self.merge.then_some(true),
+            cdc: self.cdc.then_some(true),
             log: self.log.clone(),
         }
     }
@@ -447,6 +463,40 @@ pub struct ConflictsRestoreArgs {
     /// Bring a row back under a new id, with the rows that refer to it.
     #[arg(long)]
     pub new_id: bool,
+}
+
+/// Arguments of `watch`.
+#[derive(Debug, Clone, Args)]
+pub struct WatchArgs {
+    /// The database's name.
+    #[arg(value_name = "DB")]
+    pub database: String,
+    /// Only changes of this table.
+    #[arg(value_name = "TABLE")]
+    pub table: Option<String>,
+    /// Begin after this cursor, which a line has; 0 for all rows written since the file was taken in.
+    #[arg(long, value_name = "CURSOR")]
+    pub since: Option<String>,
+    /// Keep in this file how far it came, and go on from there at the next start.
+    #[arg(long, value_name = "FILE")]
+    pub resume: Option<PathBuf>,
+    /// Print what there is, and end.
+    #[arg(long)]
+    pub once: bool,
+    /// Where the node's state is.
+    #[command(flatten)]
+    pub state: StateArgs,
+}
+
+/// Arguments of `env`.
+#[derive(Debug, Clone, Args)]
+pub struct EnvArgs {
+    /// Print it as JSON.
+    #[arg(long)]
+    pub json: bool,
+    /// Where the node's state is.
+    #[command(flatten)]
+    pub state: StateArgs,
 }
 
 /// Arguments of `detach`.

@@ -4,7 +4,7 @@
 use std::process::ExitCode;
 
 use super::args::{Cli, Command, ConflictsCommand};
-use super::{check, complete, conflicts, demo, node, repair, up, verify};
+use super::{check, complete, conflicts, demo, env, node, repair, up, verify, watch};
 use crate::config::ConfigError;
 use crate::config::error::EXIT_CONFIG;
 use crate::fabric::token::TokenError;
@@ -25,6 +25,8 @@ pub fn run(cli: &Cli) -> ExitCode {
         Command::Conflicts(ConflictsCommand::List(args)) => conflicts::list(args),
         Command::Conflicts(ConflictsCommand::Show(args)) => conflicts::show(args),
         Command::Conflicts(ConflictsCommand::Restore(args)) => conflicts::restore(args),
+        Command::Watch(args) => watch::run(args),
+        Command::Env(args) => env::run(args),
         Command::Detach(args) => node::detach(args),
         Command::Demo(args) => demo::run(args),
         Command::Completions(args) => written(complete::completions(args.shell, &mut std::io::stdout())),

@@ -38,6 +38,7 @@ pub const KEYS: &[&str] = &[
     "log_max_bytes",
     "log_max_age",
     "merge",
+    "cdc",
     "log",
 ];
 
@@ -99,6 +100,8 @@ pub struct Raw {
     pub log_max_age: Option<String>,
     /// Whether a file that differs from the mesh's is united with it by key.
     pub merge: Option<bool>,
+    /// Whether programs are told of changes over NATS.
+    pub cdc: Option<bool>,
     /// What to log.
     pub log: Option<String>,
 }
@@ -186,6 +189,7 @@ impl Raw {
             Some(items.map(str::to_owned).collect())
         };
         let text = || Some(value.to_owned());
+        let switch = || Some(!matches!(value.trim(), "0" | "false" | "no" | "off"));
         match key {
             "databases" => self.databases = list(),
             "include" => self.include = list(),
@@ -211,7 +215,8 @@ impl Raw {
             "absent_age" => self.absent_age = text(),
             "log_max_bytes" => self.log_max_bytes = text(),
             "log_max_age" => self.log_max_age = text(),
-            "merge" => self.merge = Some(!matches!(value.trim(), "0" | "false" | "no" | "off")),
+            "merge" => self.merge = switch(),
+            "cdc" => self.cdc = switch(),
             "log" => self.log = text(),
             _ => {}
         }
@@ -258,6 +263,7 @@ impl Raw {
             log_max_bytes: self.log_max_bytes.or(below.log_max_bytes),
             log_max_age: self.log_max_age.or(below.log_max_age),
             merge: self.merge.or(below.merge),
+            cdc: self.cdc.or(below.cdc),
             log: self.log.or(below.log),
         }
     }

@@ -110,7 +110,7 @@ fn every_key_can_be_set_in_the_file_and_in_the_environment() {
         "conflicts_age" | "tombstones_age" | "absent_age" | "log_max_age" => "'30d'",
         "log_max_bytes" => "'64MiB'",
         "conflicts_max" => "7",
-        "merge" => "true",
+        "merge" | "cdc" => "true",
         "schema" => "'manual'",
         "log" => "'warn,litemesh=debug'",
         _ => "'word'",

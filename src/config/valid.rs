@@ -187,6 +187,8 @@ pub struct Config {
     pub log_max_age: Duration,
     /// Whether a file that was never in the mesh and differs from it is united with it by key.
     pub merge: bool,
+    /// Whether the host's programs are told of changes over NATS.
+    pub cdc: bool,
     /// A filter for the log, in the syntax of `tracing_subscriber::EnvFilter`.
     pub log: String,
 }
@@ -231,6 +233,7 @@ pub fn validate(raw: Raw, around: &Surroundings) -> Result<Config, ConfigError> 
         conflicts_max: conflicts_max(raw.conflicts_max)?,
         tombstones_age: age("tombstones_age", raw.tombstones_age.as_deref(), DEFAULT_TOMBSTONES_AGE)?,
         merge: raw.merge.unwrap_or(false),
+        cdc: raw.cdc.unwrap_or(false),
         absent_age: age("absent_age", raw.absent_age.as_deref(), DEFAULT_ABSENT_AGE)?,
         log_max_bytes: log_max_bytes(raw.log_max_bytes.as_deref())?,
         log_max_age: log_max_age(raw.log_max_age.as_deref())?,

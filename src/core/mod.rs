@@ -1,6 +1,7 @@
 //! The pure part: no I/O, no clock, no randomness, no tokio.
 
 pub mod capture;
+pub mod change;
 pub mod conflict;
 pub mod ddl;
 pub mod digest;

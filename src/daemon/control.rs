@@ -116,6 +116,7 @@ pub fn routes(control: Control) -> Routes {
         .route("/control/token", get(token))
         .route("/control/detach", post(detach))
         .merge(super::control_verify::routes())
+        .merge(super::control_changes::routes())
         // Not for paths that nobody serves: those are unknown, not forbidden.
         .route_layer(middleware::from_fn_with_state(control.clone(), authorize))
         .with_state(control)

@@ -76,6 +76,7 @@ impl NodeState {
         }
         std::fs::create_dir_all(&spool)?;
         std::fs::create_dir_all(dir.join("marks"))?;
+        std::fs::create_dir_all(dir.join("cdc"))?;
         Ok(state)
     }
 
@@ -102,6 +103,11 @@ impl NodeState {
 
     fn save(&self, all: &BTreeMap<DbName, Remembered>) -> Result<()> {
         write_durably(&self.dir.join("databases.json"), &serde_json::to_vec_pretty(all)?)
+    }
+
+    /// Where it is noted how far the host's programs were told of a file's changes.
+    pub fn told(&self, name: &DbName) -> PathBuf {
+        self.dir.join("cdc").join(format!("{name}.json"))
     }
 
     /// Where it is noted how far a file was.

@@ -7,6 +7,7 @@ use std::path::Path;
 use super::accounts::{APP_USER, Accounts, GATE_USER, MESH_USER, SYS_USER};
 use super::address::Address;
 use super::certs::{COMMON_NAME, CertFiles};
+use super::subjects;
 
 /// The largest message any account may send.
 pub const MAX_PAYLOAD_BYTES: usize = 8 * 1024 * 1024;
@@ -118,8 +119,19 @@ fn write_accounts(out: &mut String, conf: &ServerConf<'_>) -> std::fmt::Result {
     }
     writeln!(out, "accounts {{")?;
     writeln!(out, "  SYS {{ {} }}", user(SYS_USER, accounts.sys.reveal()))?;
-    writeln!(out, "  MESH {{ jetstream: enabled, {} }}", user(MESH_USER, accounts.mesh.reveal()))?;
-    writeln!(out, "  APP {{ jetstream: enabled, {} }}", user(APP_USER, accounts.app.reveal()))?;
+    // Each node's programs are told of changes by their own node alone: when its file has them, and once.
+    let (changes, answers) = (subjects::all_changes(conf.name), subjects::all_answers(conf.name));
+    let (changes, answers, programs) = (quote(&changes), quote(&answers), quote(subjects::PROGRAMS));
+    writeln!(out, "  MESH {{")?;
+    writeln!(out, "    jetstream: enabled, {}", user(MESH_USER, accounts.mesh.reveal()))?;
+    writeln!(out, "    exports: [{{ stream: {changes}, accounts: [APP] }}]")?;
+    writeln!(out, "    imports: [{{ stream: {{ account: APP, subject: {answers} }} }}]")?;
+    writeln!(out, "  }}")?;
+    writeln!(out, "  APP {{")?;
+    writeln!(out, "    jetstream: enabled, {}", user(APP_USER, accounts.app.reveal()))?;
+    writeln!(out, "    exports: [{{ stream: {answers}, accounts: [MESH] }}]")?;
+    writeln!(out, "    imports: [{{ stream: {{ account: MESH, subject: {changes} }}, to: {programs} }}]")?;
+    writeln!(out, "  }}")?;
     writeln!(out, "  GATE {{ }}")?;
     writeln!(out, "}}")?;
     writeln!(out, "system_account: SYS")
@@ -190,6 +202,7 @@ mod tests {
             "max_file_store: 2097152",
             "account: GATE",
             "system_account: SYS",
+            "{ stream: { account: MESH, subject: \"lm.e.a.>\" }, to: \"cdc.>\" }",
             r#"store_dir: "/state/a \"b\"\\c""#,
         ] {
             assert!(text.contains(wanted), "{wanted} is missing in\n{text}");

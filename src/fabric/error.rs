@@ -115,6 +115,12 @@ pub enum FabricError {
     /// Our own server takes nothing: the message was not sent.
     #[error("not sent: our own nats-server does not take messages")]
     Stalled,
+    /// A stream of the host's programs that takes changes of rows has not answered to all of them.
+    #[error("a stream that takes {subject} does not answer")]
+    Untaken {
+        /// What it takes, as programs see it.
+        subject: String,
+    },
     /// The message is too large: it was not sent.
     #[error("not sent: a message of {len} bytes is larger than the limit of {limit}")]
     TooLarge {

@@ -7,6 +7,7 @@ pub mod certs;
 mod conf;
 mod departure;
 mod error;
+mod events;
 mod gate;
 mod hello;
 mod identity;
@@ -29,6 +30,7 @@ mod watchdog;
 
 pub use address::{Address, AddressError};
 pub use error::FabricError;
+pub use events::{Event, Events};
 pub use log_stream::{LogLimits, LogState, stream_name};
 pub use members::MembersError;
 pub use nats::{Fabric, MAX_MESSAGE_BYTES, ServerInfo};

@@ -17,6 +17,7 @@ use super::accounts::MESH_USER;
 use super::bootstrap::{self, Founding};
 use super::conf::MAX_PAYLOAD_BYTES;
 use super::error::FabricError;
+use super::events::{Answers, Events};
 use super::hello::{Exchange, Roster};
 use super::identity::Identity;
 use super::link::{Incoming, LogRequest, Outgoing};
@@ -80,6 +81,7 @@ pub struct Fabric {
     roster: Arc<Roster>,
     log: Arc<LogCounters>,
     drops: Arc<Drops>,
+    answers: Arc<Answers>,
     /// Where the log answers to commits.
     ack_subject: String,
     /// What is to be read of logs.
@@ -124,6 +126,7 @@ impl Fabric {
             readings,
             log: Arc::default(),
             drops: Arc::default(),
+            answers: Arc::default(),
             identity,
             client,
             server,
@@ -148,6 +151,7 @@ impl Fabric {
         }
         let mut acks = self.subscribe(&format!("{}.*", self.ack_subject)).await?;
         let hellos = self.subscribe(subjects::ALL_HELLOS).await?;
+        let answers = self.subscribe(&subjects::all_answers(node.as_str())).await?;
         self.flush().await?;
         self.tasks.spawn(log_read::run(self.client.clone(), to_read, to_replica.clone()));
         let (drops, log) = (self.drops.clone(), self.log.clone());
@@ -168,6 +172,7 @@ impl Fabric {
         let state_dir = self.identity.state.path().to_owned();
         self.tasks.spawn(log_stream::keep(client, node, options.log, state_dir, log));
         self.tasks.spawn(self.exchange().run(hellos));
+        self.tasks.spawn(self.answers.clone().hear(answers));
         self.tasks.spawn(watchdog::watch(self.server.clone(), self.identity.ports.monitor, watchdog::PERIOD));
         Ok((self, incoming))
     }
@@ -221,6 +226,11 @@ impl Fabric {
                 Ok(())
             }
         }
+    }
+
+    /// What tells the host's programs of changes of rows.
+    pub fn events(&self) -> Events {
+        Events::new(self.identity.node.clone(), self.client.clone(), self.answers.clone())
     }
 
     /// Until our own server has read everything that was sent before.

@@ -22,6 +22,35 @@ pub(super) const ALL_BROADCASTS: &str = "lm.b.*";
 /// What nodes say of where they listen.
 pub(super) const ALL_HELLOS: &str = "lm.m.*";
 
+/// Changes of rows on `node`, for its programs: their account imports them below [`PROGRAMS`].
+pub(super) fn all_changes(node: &str) -> String {
+    format!("lm.e.{node}.>")
+}
+
+/// Where the host's programs find changes of rows.
+pub(super) const PROGRAMS: &str = "cdc.>";
+
+/// A change of a row on `node`.
+pub(super) fn change(node: &NodeName, db: &DbName, table: &str, op: &str) -> String {
+    format!("lm.e.{node}.{db}.{}.{op}", token(table))
+}
+
+/// Where streams of the host's programs answer to changes.
+pub(super) fn all_answers(node: &str) -> String {
+    format!("lm.a.{node}.>")
+}
+
+/// Where a stream answers to one change.
+pub(super) fn answer(node: &NodeName, run: u32, number: u64) -> String {
+    format!("lm.a.{node}.{run:08x}.{number}")
+}
+
+/// A name as one token of a subject: what is no ASCII letter, digit, `_` or `-` is written as `%` and two digits.
+fn token(name: &str) -> String {
+    let plain = |b: &u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-');
+    name.bytes().map(|b| if plain(&b) { char::from(b).to_string() } else { format!("%{b:02X}") }).collect()
+}
+
 /// Everything for `node` alone.
 pub(super) fn all_direct(node: &NodeName) -> String {
     format!("lm.d.{node}.*")
@@ -125,6 +154,14 @@ mod tests {
         let broadcast = Envelope::seal(&a, Outgoing::Broadcast { payload: payload.clone() }).unwrap();
         assert!(open(&b, &broadcast.subject, payload.clone()).is_some() && !broadcast.logged);
         assert_eq!(hello_from(&hello(&a)), Some(a));
+    }
+
+    #[test]
+    fn any_name_of_a_table_is_one_token() {
+        let (a, db) = (name("a"), "app".parse().expect("a name"));
+        assert_eq!(change(&a, &db, "order_items", "insert"), "lm.e.a.app.order_items.insert");
+        assert_eq!(token("a.b *>%"), "a%2Eb%20%2A%3E%25");
+        assert_eq!(token("Größe"), "Gr%C3%B6%C3%9Fe");
     }
 
     #[test]

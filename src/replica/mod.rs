@@ -7,6 +7,7 @@ pub mod apply;
 pub mod aside;
 pub mod assemble;
 pub mod body;
+pub mod changes;
 pub mod children;
 pub mod clock;
 pub mod compare;

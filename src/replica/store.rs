@@ -313,7 +313,7 @@ impl Store {
     }
 }
 
-fn load_head(conn: &Connection) -> Result<Head> {
+pub(super) fn load_head(conn: &Connection) -> Result<Head> {
     let format: Option<i64> = Store::meta(conn, "format")?;
     if format != Some(FILE_FORMAT) {
         let found = format.map_or_else(|| "none".to_owned(), |f| f.to_string());

@@ -74,9 +74,9 @@ pub type Listed = (Vec<(Key, Hash)>, Option<Key>);
 
 /// Reads ranges of tables, through a connection of its own.
 pub struct Reader {
-    conn: Connection,
-    sites: Sites,
-    plans: Vec<Arc<Plan>>,
+    pub(super) conn: Connection,
+    pub(super) sites: Sites,
+    pub(super) plans: Vec<Arc<Plan>>,
     schema_version: i64,
 }
 
@@ -147,7 +147,7 @@ impl Reader {
     }
 
     /// Begins a read transaction at a moment when everything is absorbed.
-    fn begin(&mut self, owner: &dyn Owner) -> Result<()> {
+    pub(super) fn begin(&mut self, owner: &dyn Owner) -> Result<()> {
         for attempt in 0..QUIET_TRIES {
             self.conn.execute_batch("BEGIN")?;
             let version: i64 =

@@ -53,9 +53,20 @@ pub struct WorkerHandle {
     woken: Arc<AtomicBool>,
     queued_bytes: Arc<AtomicUsize>,
     replaced: Arc<Mutex<Option<String>>>,
+    changed: tokio::sync::watch::Receiver<i64>,
 }
 
 impl WorkerHandle {
+    /// Tells whenever rows of the file have changed: its counter of changes.
+    pub fn changed(&self) -> tokio::sync::watch::Receiver<i64> {
+        self.changed.clone()
+    }
+
+    /// Whether both are handles of one thread: the file may have been opened anew.
+    pub fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.woken, &other.woken)
+    }
+
     /// What happened to the file, if the thread has ended because of that.
     pub fn replaced(&self) -> Option<String> {
         self.replaced.lock().unwrap_or_else(PoisonError::into_inner).clone()
@@ -125,6 +136,7 @@ pub struct Worker {
     mark: Option<Mark>,
     trouble: Option<String>,
     gather_until: Option<Instant>,
+    changed: tokio::sync::watch::Sender<i64>,
 }
 
 impl Worker {
@@ -140,11 +152,13 @@ impl Worker {
         let (woken, queued_bytes) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
         let replaced = Arc::new(Mutex::new(None));
         let ours = replaced.clone();
+        let (tell, changed) = tokio::sync::watch::channel(engine.store().head().lsn);
         let handle = WorkerHandle {
             inputs: sender,
             woken: woken.clone(),
             queued_bytes: queued_bytes.clone(),
             replaced,
+            changed,
         };
         let worker = Self {
             db,
@@ -159,6 +173,7 @@ impl Worker {
             mark: None,
             trouble: None,
             gather_until: None,
+            changed: tell,
         };
         (worker, handle)
     }
@@ -266,6 +281,8 @@ impl Worker {
     fn perform(&mut self) -> Result<(), ReplicaError> {
         let head = self.engine.store().head();
         let position = Position { site: head.site, n: head.vector.n(head.site), lsn: head.lsn };
+        let lsn = head.lsn;
+        self.changed.send_if_modified(|known| std::mem::replace(known, lsn) != lsn);
         if let Some(mark) = &mut self.mark {
             mark.note(position)?;
         }

@@ -1,0 +1,224 @@
+//! Tells the host's programs of changes over NATS. Invariant: the cursor that is kept never is beyond what our own server
+//! has, and the streams that take it; so a kill repeats changes, with the ids that they had, and skips none.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, timeout};
+use tracing::{info, warn};
+
+use super::router::Router;
+use super::state_dir::{NodeState, write_durably};
+use super::verify::open_reader;
+use crate::config::Config;
+use crate::core::change::{Change, Cursor};
+use crate::core::names::DbName;
+use crate::fabric::{Event, Events, Fabric, FabricError};
+use crate::replica::changes::ChangesPage;
+use crate::replica::verify::Reader;
+use crate::replica::worker::WorkerHandle;
+
+/// How long to wait before trying again what failed.
+const RETRY: Duration = Duration::from_millis(500);
+/// How often it is written down how far they were told, while there is something to tell.
+const SAVE_EVERY: Duration = Duration::from_secs(1);
+/// A stream that has taken a subject and answers no more for this long is taken to be gone.
+const STREAM_PATIENCE: Duration = Duration::from_secs(60);
+
+/// What is kept from one start to the next.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+struct Told {
+    cursor: Cursor,
+    /// Subjects that streams take.
+    taken: Vec<String>,
+}
+
+/// Publishes one database's changes.
+struct Publisher {
+    db: DbName,
+    router: Arc<Router>,
+    events: Arc<Events>,
+    path: PathBuf,
+    told: Option<Told>,
+    saved: Instant,
+    unsaved: bool,
+    reader: Option<(WorkerHandle, Reader)>,
+    trouble: Option<String>,
+}
+
+/// Publishes the changes of every database, if that is wanted.
+pub fn keep_publishing(
+    config: &Config,
+    state: &NodeState,
+    fabric: &Fabric,
+    router: &Arc<Router>,
+    tasks: &mut JoinSet<()>,
+) {
+    if !config.cdc {
+        return;
+    }
+    let events = Arc::new(fabric.events());
+    for database in &config.databases {
+        let publisher = Publisher {
+            db: database.name.clone(),
+            router: router.clone(),
+            events: events.clone(),
+            path: state.told(&database.name),
+            told: None,
+            saved: Instant::now(),
+            unsaved: false,
+            reader: None,
+            trouble: None,
+        };
+        tasks.spawn(publisher.run());
+    }
+}
+
+impl Publisher {
+    /// Until it is aborted.
+    async fn run(mut self) {
+        loop {
+            match self.turn().await {
+                Ok(()) => self.trouble = None,
+                Err(error) => {
+                    // The file may be another one by now.
+                    self.reader = None;
+                    let text = format!("{error:#}");
+                    if self.trouble.as_deref() != Some(&text) {
+                        warn!(db = %self.db, "programs are not told of changes: {text}; trying again");
+                    }
+                    self.trouble = Some(text);
+                    sleep(RETRY).await;
+                }
+            }
+        }
+    }
+
+    /// Tells what there is, then waits for more.
+    async fn turn(&mut self) -> Result<()> {
+        let Some(worker) = self.router.worker(&self.db) else {
+            // Not started yet, or detached.
+            self.reader = None;
+            sleep(RETRY).await;
+            return Ok(());
+        };
+        let mut changed = worker.changed();
+        changed.borrow_and_update();
+        let page = self.read(worker).await?;
+        if page.gap {
+            warn!(
+                db = %self.db,
+                "deletes may have been forgotten that programs were not told of: those that keep a copy should read it anew"
+            );
+        }
+        self.publish(&page.changes).await?;
+        let told = Told { cursor: page.next, taken: self.events.taken().into_iter().collect() };
+        self.unsaved |= self.told.as_ref().is_none_or(|before| before.cursor != told.cursor);
+        self.told = Some(told);
+        if self.unsaved && self.saved.elapsed() >= SAVE_EVERY {
+            self.save()?;
+        }
+        if page.is_last {
+            let patience = if self.unsaved { SAVE_EVERY } else { Duration::from_secs(60) };
+            // Whatever ends it, the next turn looks.
+            if matches!(timeout(patience, changed.changed()).await, Ok(Err(_))) {
+                sleep(RETRY).await;
+            }
+        }
+        Ok(())
+    }
+
+    async fn read(&mut self, worker: WorkerHandle) -> Result<ChangesPage> {
+        let reader = self.reader.take().filter(|(of, _)| of.is_same(&worker)).map(|(_, reader)| reader);
+        let known = match &self.told {
+            Some(told) => Some(told.clone()),
+            None => load(&self.path)?,
+        };
+        let db = self.db.clone();
+        let of = worker.clone();
+        let work = move || -> Result<_> {
+            let mut reader = match reader {
+                Some(reader) => reader,
+                None => open_reader(&worker).map_err(anyhow::Error::msg)?,
+            };
+            let page = match &known {
+                Some(told) => reader.changes(&worker, db.as_str(), &told.cursor, None)?,
+                None => {
+                    let next = reader.newest(&worker)?;
+                    ChangesPage { changes: Vec::new(), next, is_last: true, gap: false }
+                }
+            };
+            Ok((reader, page, known))
+        };
+        let (reader, page, known) = tokio::task::spawn_blocking(work).await??;
+        self.reader = Some((of, reader));
+        if self.told.is_none() {
+            match known {
+                Some(told) => self.events.expect_taken(told.taken),
+                None => {
+                    info!(db = %self.db, "programs are told of changes from now on");
+                    // Before anything is written: a kill must not make it begin later.
+                    self.told = Some(Told { cursor: page.next.clone(), taken: Vec::new() });
+                    self.save()?;
+                }
+            }
+        }
+        Ok(page)
+    }
+
+    async fn publish(&mut self, changes: &[Change]) -> Result<()> {
+        if changes.is_empty() {
+            return Ok(());
+        }
+        let events = changes.iter().map(|c| self.event(c)).collect::<Result<Vec<_>>>()?;
+        let mut untaken: Option<Instant> = None;
+        loop {
+            match self.events.publish(&events).await {
+                Ok(()) => return Ok(()),
+                Err(FabricError::Untaken { subject }) => {
+                    let since = *untaken.get_or_insert_with(Instant::now);
+                    if since.elapsed() >= STREAM_PATIENCE {
+                        warn!(db = %self.db, subject, "the stream that takes this does not answer: it is not waited for any more");
+                        self.events.give_up(&subject);
+                    }
+                }
+                // Our own server is starting again.
+                Err(FabricError::NotConnected | FabricError::Stalled) => sleep(RETRY).await,
+                Err(e) => bail!(e),
+            }
+        }
+    }
+
+    fn event(&self, change: &Change) -> Result<Event> {
+        Ok(Event {
+            db: self.db.clone(),
+            table: change.table.clone(),
+            op: change.op.word(),
+            id: change.id.clone(),
+            body: Bytes::from(serde_json::to_vec(change)?),
+        })
+    }
+
+    fn save(&mut self) -> Result<()> {
+        if let Some(told) = &self.told {
+            write_durably(&self.path, &serde_json::to_vec(told)?)?;
+        }
+        (self.saved, self.unsaved) = (Instant::now(), false);
+        Ok(())
+    }
+}
+
+fn load(path: &Path) -> Result<Option<Told>> {
+    match std::fs::read(path) {
+        Ok(bytes) => serde_json::from_slice(&bytes).map(Some).with_context(|| {
+            format!("{} is damaged: remove it, and changes from then on are told", path.display())
+        }),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e).with_context(|| format!("cannot read {}", path.display())),
+    }
+}
