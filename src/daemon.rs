@@ -4,6 +4,7 @@
 pub mod cdc;
 pub mod control;
 pub mod control_changes;
+pub mod control_key;
 pub mod control_verify;
 pub mod databases;
 pub mod divergence;
@@ -99,6 +100,7 @@ pub async fn run(config: Config, started: impl FnOnce(&Started)) -> Result<()> {
     let control = Control {
         router: router.clone(),
         token: Arc::new(move || tokens.join_token().map(|t| t.reveal()).map_err(|e| e.to_string())),
+        fabric: fabric.clone(),
         detach,
         restamp,
         secret: contact.secret.into(),
@@ -112,7 +114,7 @@ pub async fn run(config: Config, started: impl FnOnce(&Started)) -> Result<()> {
         config: &config,
         has_members: !fabric.members().is_empty(),
         joins,
-        mesh_id: token.key().mesh_id(),
+        mesh_id: fabric.mesh_id(),
     };
     let result = serve(&starter, found, &observer, (detaching, restamping), || {
         let databases = config.databases.iter().map(|d| (d.name.clone(), d.path.clone())).collect();

@@ -62,7 +62,10 @@ pub enum Command {
     ///
     /// The token holds the mesh's secret: give it only to hosts that may read and write everything. It is made of
     /// the key in the state directory and the addresses of the nodes known here.
-    Token(StateArgs),
+    ///
+    /// With --rotate the mesh gets a new key, while everything goes on: the nodes hand it to each other. The old one is
+    /// accepted until all of them have it; a node that is away gets it when it is back.
+    Token(TokenArgs),
 
     /// Show the node that runs here: peers, lag, conflicts, warnings.
     ///
@@ -144,6 +147,22 @@ pub struct StateArgs {
     /// By default the user's data directory, such as ~/.local/share/litemesh.
     #[arg(long, value_name = "DIR", env = "LITEMESH_STATE_DIR")]
     pub state_dir: Option<PathBuf>,
+}
+
+/// Arguments of `token`.
+#[derive(Debug, Clone, Default, Args)]
+pub struct TokenArgs {
+    /// Make a new key for the mesh first. The old one is accepted until all nodes have the new one.
+    #[arg(long)]
+    pub rotate: bool,
+    /// Accept the old key no more, even if nodes are away that have no other: with --rotate at once, else after it.
+    ///
+    /// Such a node has to be started once with --join and the new token.
+    #[arg(long)]
+    pub drop_old: bool,
+    /// Where the node is found.
+    #[command(flatten)]
+    pub state: StateArgs,
 }
 
 /// Arguments of `up`. Each may also be given as `LITEMESH_*` or in the configuration file; what is given here wins.

@@ -24,7 +24,9 @@ pub fn run(args: &EnvArgs) -> Result<ExitCode> {
         let settings = json!({ "url": url, "user": APP_USER, "password": password, "node": status.node });
         println!("{}", serde_json::to_string_pretty(&settings)?);
     } else {
-        for (name, value) in [("NATS_URL", url.as_str()), ("NATS_USER", APP_USER), ("NATS_PASSWORD", password)] {
+        for (name, value) in
+            [("NATS_URL", url.as_str()), ("NATS_USER", APP_USER), ("NATS_PASSWORD", password)]
+        {
             println!("export {name}={}", quote(value));
         }
     }

@@ -7,10 +7,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use super::args::{DetachArgs, StateArgs, StatusArgs, SyncArgs};
+use super::args::{DetachArgs, StateArgs, StatusArgs, SyncArgs, TokenArgs};
 use super::client::Client;
 use crate::config::{self, Surroundings};
 use crate::daemon::control::{Contact, DetachAsk, SyncAnswer, SyncAsk};
+use crate::daemon::control_key::{KeyAnswer, KeyAsk};
 use crate::daemon::state_dir::lock_database;
 use crate::replica::adopt;
 use crate::sqlite;
@@ -18,14 +19,37 @@ use crate::status::model::Status;
 use crate::status::table;
 
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long to wait for the other nodes to have a new key.
+const KEY_PATIENCE: Duration = Duration::from_secs(15);
 
 pub(super) fn client(state: &StateArgs, patience: Duration) -> Result<Client> {
     Client::new(&config::state_dir(state.state_dir.as_deref(), &Surroundings::of_process())?, patience)
 }
 
 /// `litemesh token`.
-pub fn token(state: &StateArgs) -> Result<ExitCode> {
-    println!("{}", client(state, PATIENCE)?.get("/control/token")?.trim());
+pub fn token(args: &TokenArgs) -> Result<ExitCode> {
+    let client = client(&args.state, PATIENCE + KEY_PATIENCE)?;
+    if !args.rotate && !args.drop_old {
+        println!("{}", client.get("/control/token")?.trim());
+        return Ok(ExitCode::SUCCESS);
+    }
+    let wait_ms = KEY_PATIENCE.as_millis() as u64;
+    let ask = KeyAsk { rotate: args.rotate, drop_old: args.drop_old, wait_ms };
+    let answer: KeyAnswer = client.ask("/control/key", &ask)?;
+    println!("{}", answer.token);
+    // The token alone on stdout, so that it can go into a file.
+    if args.rotate {
+        eprintln!("The mesh has a new key: this is its token from now on, tokens made before are of no use.");
+    }
+    if answer.without.is_empty() {
+        eprintln!("All nodes have the new key; the old one is accepted no more.");
+    } else {
+        eprintln!(
+            "Not all nodes have the new key yet: {}. Until they have, the old one is accepted as well; a node that is away \
+             gets it when it is back. If one is gone for good: litemesh remove NODE, or litemesh token --drop-old.",
+            answer.without.join(", ")
+        );
+    }
     Ok(ExitCode::SUCCESS)
 }
 

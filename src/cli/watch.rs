@@ -70,7 +70,8 @@ pub fn run(args: &WatchArgs) -> Result<ExitCode> {
 /// Where to begin; `None` for now.
 fn begin(args: &WatchArgs, db: &DbName) -> Result<Option<Cursor>> {
     let since = args.since.as_deref().map(|text| {
-        Cursor::parse(text).with_context(|| format!("{text:?} is no cursor: copy it from a line of watch, or say 0"))
+        Cursor::parse(text)
+            .with_context(|| format!("{text:?} is no cursor: copy it from a line of watch, or say 0"))
     });
     let since = since.transpose()?;
     let Some(path) = args.resume.as_deref() else { return Ok(since) };

@@ -141,8 +141,7 @@ pub fn id(
     part(&state.dead.map(version).unwrap_or_default());
     // Columns have other numbers on other nodes, and so another order.
     let columns = state.columns.iter().filter(|_| state.dead.is_none());
-    let columns: BTreeMap<String, Version> =
-        columns.filter_map(|(c, v)| Some((column(*c)?, *v))).collect();
+    let columns: BTreeMap<String, Version> = columns.filter_map(|(c, v)| Some((column(*c)?, *v))).collect();
     for (name, written) in &columns {
         part(name.as_bytes());
         part(&version(*written));

@@ -22,6 +22,7 @@ use super::state_dir::write_durably;
 use crate::core::message::Message;
 use crate::core::names::{DbName, NodeName};
 use crate::core::vector::Vector;
+use crate::fabric::Fabric;
 use crate::replica::clock::steady_ms;
 
 /// Where a running node is found, and what opens it.
@@ -101,6 +102,8 @@ pub struct Control {
     pub router: Arc<Router>,
     /// The join token, as of now.
     pub token: Arc<dyn Fn() -> Result<String, String> + Send + Sync>,
+    /// The mesh's NATS.
+    pub fabric: Arc<Fabric>,
     /// Takes requests to detach.
     pub detach: mpsc::Sender<DetachRequest>,
     /// Takes requests to date writes anew.
@@ -117,6 +120,7 @@ pub fn routes(control: Control) -> Routes {
         .route("/control/detach", post(detach))
         .merge(super::control_verify::routes())
         .merge(super::control_changes::routes())
+        .merge(super::control_key::routes())
         // Not for paths that nobody serves: those are unknown, not forbidden.
         .route_layer(middleware::from_fn_with_state(control.clone(), authorize))
         .with_state(control)

@@ -64,10 +64,15 @@ async fn changes(State(control): State<Control>, Json(ask): Json<ChangesAsk>) ->
         let read = tokio::task::spawn_blocking(move || -> Result<ChangesPage, String> {
             let mut reader = open_reader(&worker)?;
             match &question.after {
-                Some(after) => reader.changes(&worker, question.db.as_str(), after, question.table.as_deref()),
-                None => reader
-                    .newest(&worker)
-                    .map(|next| ChangesPage { changes: Vec::new(), next, is_last: true, gap: false }),
+                Some(after) => {
+                    reader.changes(&worker, question.db.as_str(), after, question.table.as_deref())
+                }
+                None => reader.newest(&worker).map(|next| ChangesPage {
+                    changes: Vec::new(),
+                    next,
+                    is_last: true,
+                    gap: false,
+                }),
             }
             .map_err(|e| e.to_string())
         });

@@ -198,6 +198,14 @@ impl Observer {
         status.clock_offset_ms = clocks.own_off_ms as f64;
         status.clocks = clocks.clocks as u64;
         status.warnings.extend(clocks.alarms(inner.router.node()));
+        let without = inner.fabric.without_new_key();
+        if !without.is_empty() {
+            let without: Vec<_> = without.iter().map(ToString::to_string).collect();
+            status.warnings.push(format!(
+                "the mesh's key is being changed: {} has not got the new one yet; until then the old one is accepted",
+                without.join(", ")
+            ));
+        }
         add_outcomes(&mut status.databases, &inner.router.verifier.outcomes(), now_ms);
         judge(&mut status, inner.ready.load(Ordering::Acquire));
         status

@@ -1,5 +1,8 @@
 //! Certificates out of the mesh key. Invariant: every holder of the key derives the same CA, byte for byte, and
 //! nobody else can make a certificate that it signed.
+//!
+//! While the key is being changed a node trusts the CAs of both keys. Its own certificate is of the new one; with it goes
+//! a certificate of the new CA by the old one, so that a node which has only the old key accepts it, too.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
@@ -9,9 +12,10 @@ use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
     KeyUsagePurpose, PKCS_ED25519, SanType, SerialNumber, date_time_ymd,
 };
-use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer};
+use rustls::pki_types::PrivatePkcs8KeyDer;
 use rustls::{ClientConfig, RootCertStore};
 
+use super::keyring::KeyRing;
 use super::keys::MeshKey;
 use super::private_file::{self, StateFileError};
 
@@ -36,17 +40,20 @@ pub enum CertError {
     File(#[from] StateFileError),
 }
 
-/// A node's certificate, its key, and the CA it is checked against.
+/// A node's certificate, its key, and the CAs that peers' are checked against.
 pub struct NodeCerts {
-    ca: rcgen::Certificate,
+    /// Of the current key first.
+    trusted: Vec<rcgen::Certificate>,
     certificate: rcgen::Certificate,
+    /// The current CA by the previous one.
+    bridge: Option<rcgen::Certificate>,
     key: KeyPair,
 }
 
 /// Where nats-server finds them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CertFiles {
-    /// The CA's certificate.
+    /// The certificates of the CAs.
     pub ca: PathBuf,
     /// The node's certificate.
     pub certificate: PathBuf,
@@ -56,29 +63,37 @@ pub struct CertFiles {
 
 impl NodeCerts {
     /// A certificate for a node that is reached under `hosts` (names or IP addresses).
-    pub fn mint(mesh: &MeshKey, node: &str, hosts: &[String]) -> Result<Self, CertError> {
-        let mut seeded = PKCS8_ED25519.to_vec();
-        seeded.extend(mesh.ca_seed());
-        let ca_key = KeyPair::try_from(&PrivatePkcs8KeyDer::from(seeded))?;
-        let ca = ca_params(mesh).self_signed(&ca_key)?;
+    pub fn mint(ring: &KeyRing, node: &str, hosts: &[String]) -> Result<Self, CertError> {
+        let ca_key = ca_key(ring.current())?;
+        let mut trusted = vec![ca_params(ring.current()).self_signed(&ca_key)?];
+        let mut bridge = None;
+        if let Some(previous) = ring.previous() {
+            let old_key = self::ca_key(previous)?;
+            trusted.push(ca_params(previous).self_signed(&old_key)?);
+            let issuer = Issuer::new(ca_params(previous), old_key);
+            bridge = Some(ca_params(ring.current()).signed_by(&ca_key, &issuer)?);
+        }
         let key = KeyPair::generate_for(&PKCS_ED25519)?;
-        let issuer = Issuer::new(ca_params(mesh), ca_key);
+        let issuer = Issuer::new(ca_params(ring.current()), ca_key);
         let certificate = node_params(node, hosts)?.signed_by(&key, &issuer)?;
-        Ok(Self { ca, certificate, key })
+        Ok(Self { trusted, certificate, bridge, key })
     }
 
-    /// What a node would have whose mesh trusts this CA and not its certificate, as in a change of keys.
+    /// What a node would have whose mesh trusts these CAs and not its certificate.
     #[cfg(test)]
-    pub(super) fn trusting(self, ca_of: &Self) -> Self {
-        Self { ca: ca_of.ca.clone(), ..self }
+    pub(super) fn trusting(self, ca_of: Self) -> Self {
+        Self { trusted: ca_of.trusted, ..self }
     }
 
     /// Writes them into `dir`, for nats-server.
     pub fn save(&self, dir: &Path) -> Result<CertFiles, CertError> {
         let files =
             CertFiles { ca: dir.join(CA_FILE), certificate: dir.join("node.crt"), key: dir.join("node.key") };
-        private_file::write(&files.ca, self.ca.pem().as_bytes())?;
-        private_file::write(&files.certificate, self.certificate.pem().as_bytes())?;
+        let pem = |all: &mut dyn Iterator<Item = &rcgen::Certificate>| {
+            all.map(rcgen::Certificate::pem).collect::<String>()
+        };
+        private_file::write(&files.ca, pem(&mut self.trusted.iter()).as_bytes())?;
+        private_file::write(&files.certificate, pem(&mut self.chain()).as_bytes())?;
         private_file::write(&files.key, self.key.serialize_pem().as_bytes())?;
         Ok(files)
     }
@@ -86,23 +101,27 @@ impl NodeCerts {
     /// For connections of our own to a node of the mesh: it must have a certificate of our CA, and gets ours.
     pub fn client_config(&self) -> Result<ClientConfig, rustls::Error> {
         let mut roots = RootCertStore::empty();
-        roots.add(self.ca_der().clone())?;
+        for ca in &self.trusted {
+            roots.add(ca.der().clone())?;
+        }
         let key = PrivatePkcs8KeyDer::from(self.key.serialize_der());
+        let chain = self.chain().map(|c| c.der().clone()).collect();
         ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
             .with_safe_default_protocol_versions()?
             .with_root_certificates(roots)
-            .with_client_auth_cert(vec![self.certificate_der().clone()], key.into())
+            .with_client_auth_cert(chain, key.into())
     }
 
-    /// The CA's certificate.
-    pub fn ca_der(&self) -> &CertificateDer<'static> {
-        self.ca.der()
+    /// What peers are shown.
+    fn chain(&self) -> impl Iterator<Item = &rcgen::Certificate> {
+        [&self.certificate].into_iter().chain(&self.bridge)
     }
+}
 
-    /// The node's certificate.
-    pub fn certificate_der(&self) -> &CertificateDer<'static> {
-        self.certificate.der()
-    }
+fn ca_key(mesh: &MeshKey) -> Result<KeyPair, rcgen::Error> {
+    let mut seeded = PKCS8_ED25519.to_vec();
+    seeded.extend(mesh.ca_seed());
+    KeyPair::try_from(&PrivatePkcs8KeyDer::from(seeded))
 }
 
 fn valid_for_ever(params: &mut CertificateParams) {
@@ -113,9 +132,9 @@ fn valid_for_ever(params: &mut CertificateParams) {
 
 fn ca_params(mesh: &MeshKey) -> CertificateParams {
     let mut params = CertificateParams::default();
-    params.distinguished_name.push(DnType::CommonName, format!("litemesh {}", mesh.mesh_id()));
+    params.distinguished_name.push(DnType::CommonName, format!("litemesh {}", mesh.id()));
     params.serial_number = Some(SerialNumber::from(1u64));
-    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(1));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::DigitalSignature];
     valid_for_ever(&mut params);
     params
@@ -156,26 +175,32 @@ mod tests {
     use crate::fabric::keys::KEY_LEN;
 
     fn mint(key: u8, node: &str, hosts: &[&str]) -> NodeCerts {
+        of(&KeyRing::founded(MeshKey::from_bytes([key; KEY_LEN])), node, hosts)
+    }
+
+    fn of(ring: &KeyRing, node: &str, hosts: &[&str]) -> NodeCerts {
         let hosts: Vec<_> = hosts.iter().map(|host| (*host).to_owned()).collect();
-        NodeCerts::mint(&MeshKey::from_bytes([key; KEY_LEN]), node, &hosts).expect("mints")
+        NodeCerts::mint(ring, node, &hosts).expect("mints")
     }
 
     fn accepts(ca: &NodeCerts, node: &NodeCerts, name: &str, at_s: u64) -> bool {
         let mut roots = rustls::RootCertStore::empty();
-        roots.add(ca.ca_der().clone()).expect("a CA");
+        ca.trusted.iter().for_each(|ca| roots.add(ca.der().clone()).expect("a CA"));
         let verifier =
             WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::new(default_provider()))
                 .build()
                 .expect("has a root");
         let name = ServerName::try_from(name.to_owned()).expect("a name");
         let now = UnixTime::since_unix_epoch(std::time::Duration::from_secs(at_s));
-        verifier.verify_server_cert(node.certificate_der(), &[], &name, &[], now).is_ok()
+        let others: Vec<_> = node.bridge.iter().map(|c| c.der().clone()).collect();
+        verifier.verify_server_cert(node.certificate.der(), &others, &name, &[], now).is_ok()
     }
 
     #[test]
     fn all_nodes_derive_the_same_ca() {
-        assert_eq!(mint(1, "a", &[]).ca_der(), mint(1, "b", &["10.0.0.1"]).ca_der());
-        assert_ne!(mint(1, "a", &[]).ca_der(), mint(2, "a", &[]).ca_der());
+        let ca = |certs: &NodeCerts| certs.trusted[0].der().clone();
+        assert_eq!(ca(&mint(1, "a", &[])), ca(&mint(1, "b", &["10.0.0.1"])));
+        assert_ne!(ca(&mint(1, "a", &[])), ca(&mint(2, "a", &[])));
     }
 
     #[test]
@@ -190,5 +215,18 @@ mod tests {
         }
         assert!(!accepts(&a, &b, "c.example", y2001));
         assert!(!accepts(&a, &stranger, "localhost", y2001));
+    }
+
+    #[test]
+    fn while_the_key_changes_old_and_new_trust_each_other_and_afterwards_not() {
+        let first = KeyRing::founded(MeshKey::from_bytes([1; KEY_LEN]));
+        let both = first.changed().expect("randomness");
+        let (old, changing) = (of(&first, "a", &[]), of(&both, "b", &[]));
+        let new = of(&both.without_previous(), "c", &[]);
+        let trust = |a: &NodeCerts, b: &NodeCerts| accepts(a, b, "localhost", 1_000_000_000);
+        assert!(trust(&old, &changing) && trust(&changing, &old));
+        assert!(trust(&new, &changing) && trust(&changing, &new));
+        assert!(trust(&changing, &changing));
+        assert!(!trust(&old, &new) && !trust(&new, &old));
     }
 }

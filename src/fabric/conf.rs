@@ -17,7 +17,7 @@ pub const MAX_PAYLOAD_BYTES: usize = 8 * 1024 * 1024;
 pub struct ServerConf<'a> {
     /// The server's name: the node's.
     pub name: &'a str,
-    /// See [`super::keys::MeshKey::mesh_id`].
+    /// See [`super::keyring::KeyRing::mesh_id`].
     pub mesh_id: &'a str,
     /// Where programs connect.
     pub client: SocketAddr,
@@ -44,6 +44,11 @@ pub struct ServerConf<'a> {
 /// The cluster's name: servers of different meshes refuse each other by it.
 pub fn cluster_name(mesh_id: &str) -> String {
     format!("lm-{mesh_id}")
+}
+
+/// The mesh of a cluster's name.
+pub fn mesh_of_cluster(name: &str) -> Option<String> {
+    name.strip_prefix("lm-").map(str::to_owned)
 }
 
 /// The tag that pins a stream to its host.

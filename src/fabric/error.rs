@@ -43,6 +43,22 @@ pub enum FabricError {
         "this node already belongs to another mesh: leave --join out, or start with an empty --state-dir"
     )]
     BelongsElsewhere,
+    /// The token has another key than this node, and nobody of the token's says what mesh it is for.
+    #[error(
+        "this node already belongs to a mesh, by another key than the token's; whether it is the same mesh with a new key cannot be found out: {reason}"
+    )]
+    OtherKey {
+        /// Why not.
+        reason: PreflightError,
+    },
+    /// The mesh's key is being changed already.
+    #[error(
+        "the mesh's key is being changed already, and not all nodes have the new one ({}): wait for them, take those that are gone for good out with 'litemesh remove', or end it with 'litemesh token --drop-old'", .waiting_for.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+    )]
+    KeyChanging {
+        /// Who has not got the new one.
+        waiting_for: Vec<NodeName>,
+    },
     /// The node that was to be joined has our name.
     #[error("the node at {address} is called {node} too: choose another name with --name")]
     NameTaken {

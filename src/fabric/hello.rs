@@ -40,6 +40,10 @@ impl Roster {
         self.lock().routes(own)
     }
 
+    pub(super) fn members(&self) -> Members {
+        self.lock().clone()
+    }
+
     pub(super) fn names(&self) -> Vec<NodeName> {
         self.lock().names().cloned().collect()
     }

@@ -2,16 +2,19 @@
 //! node that joined or founded a mesh stays in it, whatever token it is started with later.
 
 use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard};
 
 use super::accounts::Accounts;
 use super::address::Address;
 use super::certs::{CertFiles, NodeCerts};
 use super::conf::{self, ServerConf};
 use super::error::FabricError;
+use super::keyring::KeyRing;
 use super::keys::MeshKey;
 use super::members::Members;
 use super::options::{FabricOptions, StateDir};
 use super::server::Ports;
+use super::token::JoinToken;
 use super::{bootstrap, preflight};
 use crate::core::names::NodeName;
 use tracing::info;
@@ -19,11 +22,10 @@ use tracing::info;
 /// What was loaded, made or received.
 pub(super) struct Identity {
     pub(super) node: NodeName,
-    pub(super) key: MeshKey,
     pub(super) mesh_id: String,
     pub(super) own: Vec<Address>,
     pub(super) advertise: Option<Address>,
-    pub(super) certs: NodeCerts,
+    secrets: Mutex<Secrets>,
     pub(super) cert_files: CertFiles,
     pub(super) accounts: Accounts,
     pub(super) ports: Ports,
@@ -32,22 +34,28 @@ pub(super) struct Identity {
     store_limit_mib: u64,
 }
 
+/// What changes when the mesh's key does.
+struct Secrets {
+    ring: KeyRing,
+    certs: NodeCerts,
+}
+
 impl Identity {
     /// Loads it; at the first start makes it, or takes it from the token after a look at the mesh.
     pub(super) async fn establish(options: &FabricOptions) -> Result<(Self, Members), FabricError> {
         let state = StateDir::new(&options.state_dir);
         let own = options.own_addresses()?;
-        let stored = MeshKey::load(&state.key())?;
-        let key = match (&stored, &options.join) {
-            (Some(stored), Some(token)) if stored != token.key() => {
-                return Err(FabricError::BelongsElsewhere);
+        let stored = KeyRing::load(&state.key())?;
+        let hosts = hosts(&own);
+        let mut ring = match (&stored, &options.join) {
+            (Some(stored), Some(token)) if !stored.accepts(token.key()) => {
+                return_with(stored, token, &options.node, &hosts).await?
             }
             (Some(stored), _) => stored.clone(),
-            (None, Some(token)) => token.key().clone(),
-            (None, None) => MeshKey::generate()?,
+            (None, Some(token)) => KeyRing::founded(token.key().clone()),
+            (None, None) => KeyRing::founded(MeshKey::generate()?),
         };
-        let hosts: Vec<String> = own.iter().map(|address| address.host().to_owned()).collect();
-        let certs = NodeCerts::mint(&key, options.node.as_str(), &hosts)?;
+        let certs = NodeCerts::mint(&ring, options.node.as_str(), &hosts)?;
         // A list without a key is left of a join that did not come to its end: it says nothing.
         let known = if stored.is_some() {
             Members::load(&state.members())?.unwrap_or_default()
@@ -56,32 +64,70 @@ impl Identity {
         };
         let members = match &options.join {
             Some(token) if token_is_ours(token.addresses(), &own) => known,
-            Some(token) if stored.is_none() => join(token.addresses(), &options.node, &certs, &state).await?,
+            Some(token) if stored.is_none() => {
+                let (members, mesh_id) = join(token.addresses(), &options.node, &certs, &state).await?;
+                if let Some(mesh_id) = mesh_id {
+                    ring = KeyRing::joined(token.key().clone(), mesh_id);
+                }
+                members
+            }
             // It belongs, and has lost the list: what it dials need not be there at this moment.
             Some(token) if known.routes(&own).is_empty() => Members::from_seeds(token.addresses().to_vec()),
             _ => known,
         };
-        if stored.is_none() {
-            key.save(&state.key())?;
+        if stored.as_ref() != Some(&ring) {
+            ring.save(&state.key())?;
         }
         if !members.routes(&own).is_empty() {
             bootstrap::mark_done(state.path())?;
         }
         let identity = Self {
             node: options.node.clone(),
-            mesh_id: key.mesh_id(),
+            mesh_id: ring.mesh_id().to_owned(),
             advertise: options.advertise.as_ref().map(|_| own[0].clone()),
             cert_files: certs.save(&state.tls())?,
             accounts: Accounts::load_or_create(&state.accounts())?,
             ports: Ports::choose(options.cluster, options.client)?,
             store: state.store(),
             store_limit_mib: options.store_limit_mib,
-            key,
+            secrets: Mutex::new(Secrets { ring, certs }),
             own,
-            certs,
             state,
         };
         Ok((identity, members))
+    }
+
+    fn secrets(&self) -> MutexGuard<'_, Secrets> {
+        self.secrets.lock().expect("nothing panics while it is held")
+    }
+
+    /// The keys of now.
+    pub(super) fn ring(&self) -> KeyRing {
+        self.secrets().ring.clone()
+    }
+
+    /// Goes over to other keys, if they are made from what is here by `change`: in the key file first, then in the files
+    /// that the server reads when it is told to. Whether there was something to change.
+    pub(super) fn change_ring(
+        &self,
+        change: impl FnOnce(&KeyRing) -> Result<Option<KeyRing>, FabricError>,
+    ) -> Result<bool, FabricError> {
+        let mut secrets = self.secrets();
+        let Some(ring) = change(&secrets.ring)? else { return Ok(false) };
+        let certs = NodeCerts::mint(&ring, self.node.as_str(), &hosts(&self.own))?;
+        ring.save(&self.state.key())?;
+        certs.save(&self.state.tls())?;
+        *secrets = Secrets { ring, certs };
+        Ok(true)
+    }
+
+    /// Asks a member whether we are one.
+    pub(super) async fn is_accepted(&self, at: &[Address]) -> Result<(), preflight::PreflightError> {
+        // A certificate of its own: the lock is not held while we wait.
+        let certs = NodeCerts::mint(&self.ring(), self.node.as_str(), &hosts(&self.own));
+        let certs = certs
+            .map_err(|e| preflight::PreflightError::Tls { address: at[0].clone(), reason: e.to_string() })?;
+        preflight::any(at, &certs).await.map(drop)
     }
 
     /// The server's configuration.
@@ -115,9 +161,35 @@ impl Identity {
         if self.ports.client.ip().is_loopback() {
             return Ok(options);
         }
-        let config =
-            self.certs.client_config().map_err(|e| FabricError::Connect { reason: e.to_string() })?;
+        let config = self
+            .secrets()
+            .certs
+            .client_config()
+            .map_err(|e| FabricError::Connect { reason: e.to_string() })?;
         Ok(options.require_tls(true).tls_client_config(config))
+    }
+}
+
+fn hosts(own: &[Address]) -> Vec<String> {
+    own.iter().map(|address| address.host().to_owned()).collect()
+}
+
+/// The token has another key than this node: the mesh's, if it was changed while the node was away, or another mesh's.
+async fn return_with(
+    stored: &KeyRing,
+    token: &JoinToken,
+    node: &NodeName,
+    hosts: &[String],
+) -> Result<KeyRing, FabricError> {
+    let ring = KeyRing::joined(token.key().clone(), stored.mesh_id().to_owned());
+    let certs = NodeCerts::mint(&ring, node.as_str(), hosts)?;
+    match preflight::any(token.addresses(), &certs).await {
+        Ok(peer) if peer.mesh_id.as_deref() == Some(stored.mesh_id()) => {
+            info!(peer = peer.name, "the mesh's key was changed: this node has the new one now");
+            Ok(ring)
+        }
+        Ok(_) | Err(preflight::PreflightError::OtherMesh { .. }) => Err(FabricError::BelongsElsewhere),
+        Err(reason) => Err(FabricError::OtherKey { reason }),
     }
 }
 
@@ -133,7 +205,7 @@ async fn join(
     node: &NodeName,
     certs: &NodeCerts,
     state: &StateDir,
-) -> Result<Members, FabricError> {
+) -> Result<(Members, Option<String>), FabricError> {
     let peer = preflight::any(addresses, certs).await?;
     if peer.name == node.as_str() {
         return Err(FabricError::NameTaken { address: peer.address, node: node.clone() });
@@ -141,5 +213,5 @@ async fn join(
     info!(peer = peer.name, address = %peer.address, "joining");
     let members = Members::from_seeds(addresses.to_vec());
     members.save(&state.members())?;
-    Ok(members)
+    Ok((members, peer.mesh_id))
 }

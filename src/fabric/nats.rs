@@ -24,6 +24,7 @@ use super::link::{Incoming, LogRequest, Outgoing};
 use super::log_read;
 use super::log_stream::{self, LogCounters, LogState};
 use super::options::FabricOptions;
+use super::rotation::{Rotation, Told};
 use super::server::{AS_EXPECTED, Server, ServerSetup};
 use super::state_lock::StateLock;
 use super::subjects::{self, Envelope};
@@ -82,6 +83,7 @@ pub struct Fabric {
     log: Arc<LogCounters>,
     drops: Arc<Drops>,
     answers: Arc<Answers>,
+    keys: Arc<Told>,
     /// Where the log answers to commits.
     ack_subject: String,
     /// What is to be read of logs.
@@ -127,6 +129,7 @@ impl Fabric {
             log: Arc::default(),
             drops: Arc::default(),
             answers: Arc::default(),
+            keys: Arc::default(),
             identity,
             client,
             server,
@@ -151,6 +154,8 @@ impl Fabric {
         }
         let mut acks = self.subscribe(&format!("{}.*", self.ack_subject)).await?;
         let hellos = self.subscribe(subjects::ALL_HELLOS).await?;
+        let keys_said = self.subscribe(subjects::ALL_KEYS).await?;
+        let keys_handed = self.subscribe(&subjects::keys_for(&node)).await?;
         let answers = self.subscribe(&subjects::all_answers(node.as_str())).await?;
         self.flush().await?;
         self.tasks.spawn(log_read::run(self.client.clone(), to_read, to_replica.clone()));
@@ -172,6 +177,7 @@ impl Fabric {
         let state_dir = self.identity.state.path().to_owned();
         self.tasks.spawn(log_stream::keep(client, node, options.log, state_dir, log));
         self.tasks.spawn(self.exchange().run(hellos));
+        self.tasks.spawn(self.rotation().run(keys_said, keys_handed));
         self.tasks.spawn(self.answers.clone().hear(answers));
         self.tasks.spawn(watchdog::watch(self.server.clone(), self.identity.ports.monitor, watchdog::PERIOD));
         Ok((self, incoming))
@@ -183,6 +189,16 @@ impl Fabric {
             identity: self.identity.clone(),
             server: self.server.clone(),
             roster: self.roster.clone(),
+        }
+    }
+
+    fn rotation(&self) -> Rotation {
+        Rotation {
+            client: self.client.clone(),
+            identity: self.identity.clone(),
+            server: self.server.clone(),
+            roster: self.roster.clone(),
+            told: self.keys.clone(),
         }
     }
 
@@ -251,7 +267,32 @@ impl Fabric {
     pub fn join_token(&self) -> Result<JoinToken, FabricError> {
         let mut addresses = self.identity.own.clone();
         addresses.extend(self.roster.routes(&self.identity.own));
-        Ok(JoinToken::new(self.identity.key.clone(), addresses)?)
+        Ok(JoinToken::new(self.identity.ring().current().clone(), addresses)?)
+    }
+
+    /// Names the mesh, for ever.
+    pub fn mesh_id(&self) -> String {
+        self.identity.mesh_id.clone()
+    }
+
+    /// Makes a new key for the mesh. The old one is accepted until every member has the new one.
+    pub fn change_key(&self) -> Result<(), FabricError> {
+        self.rotation().change()
+    }
+
+    /// Accepts the key from before the last change no more, whoever has no other.
+    pub fn drop_old_key(&self) -> Result<(), FabricError> {
+        self.rotation().drop_old()
+    }
+
+    /// The members that are not known to have the mesh's new key; none unless it is being changed.
+    pub fn without_new_key(&self) -> Vec<NodeName> {
+        self.rotation().waiting_for()
+    }
+
+    /// Whether two keys are accepted.
+    pub fn is_key_changing(&self) -> bool {
+        self.identity.ring().previous().is_some()
     }
 
     /// The other nodes that were ever heard of, connected or not.

@@ -18,6 +18,7 @@ use tokio_rustls::TlsConnector;
 
 use super::address::Address;
 use super::certs::{COMMON_NAME, NodeCerts};
+use super::conf;
 
 const DIAL_PATIENCE: Duration = Duration::from_secs(3);
 const ANSWER_PATIENCE: Duration = Duration::from_secs(3);
@@ -62,7 +63,7 @@ pub enum PreflightError {
     },
     /// It is a node, of another mesh.
     #[error(
-        "cannot join {address}: the token is for another mesh: get a new one with `litemesh token` there"
+        "cannot join {address}: the token is for another mesh, or the mesh's key was changed since: get a new one with `litemesh token` there"
     )]
     OtherMesh {
         /// Whom we dialled.
@@ -106,6 +107,8 @@ impl PreflightError {
 pub struct Peer {
     /// Its name.
     pub name: String,
+    /// The mesh that it is of.
+    pub mesh_id: Option<String>,
     /// Where it was found.
     pub address: Address,
 }
@@ -143,7 +146,12 @@ pub async fn check(address: &Address, certs: &NodeCerts) -> Result<Peer, Preflig
             return Err(PreflightError::Unreachable { address: address.clone(), source });
         }
     };
-    Ok(Peer { name: info["server_name"].as_str().unwrap_or_default().to_owned(), address: address.clone() })
+    let text = |field: &str| info[field].as_str().unwrap_or_default().to_owned();
+    Ok(Peer {
+        name: text("server_name"),
+        mesh_id: conf::mesh_of_cluster(&text("cluster")),
+        address: address.clone(),
+    })
 }
 
 /// What listens at an address that is no cluster port.
@@ -238,6 +246,7 @@ fn classify(error: &io::Error, address: &Address) -> PreflightError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fabric::keyring::KeyRing;
     use crate::fabric::keys::MeshKey;
     use crate::fabric::{Fabric, FabricOptions};
 
@@ -251,15 +260,16 @@ mod tests {
         let (fabric, _incoming) = Fabric::start(options).await.expect("starts");
         let address = Address::from(cluster);
         let key = fabric.join_token().expect("a token").key().clone();
-        let mint = |key: &MeshKey| NodeCerts::mint(key, "b", &[]).expect("mints");
+        let mint = |key: &MeshKey| NodeCerts::mint(&KeyRing::founded(key.clone()), "b", &[]).expect("mints");
         let other = MeshKey::generate().expect("randomness");
 
         let peer = check(&address, &mint(&key)).await.expect("a member is welcome");
-        assert_eq!(peer, Peer { name: "a".to_owned(), address: address.clone() });
+        let mesh_id = Some(fabric.mesh_id());
+        assert_eq!(peer, Peer { name: "a".to_owned(), mesh_id, address: address.clone() });
         let error = check(&address, &mint(&other)).await.expect_err("we do not trust it");
         assert!(matches!(error, PreflightError::OtherMesh { .. }), "{error}");
         let error =
-            check(&address, &mint(&other).trusting(&mint(&key))).await.expect_err("it does not trust us");
+            check(&address, &mint(&other).trusting(mint(&key))).await.expect_err("it does not trust us");
         assert!(matches!(error, PreflightError::OtherMesh { .. }), "{error}");
         let by_name = format!("ip6-localhost:{}", cluster.port()).parse::<Address>().expect("an address");
         let error = classify_name(&by_name, cluster, &mint(&key)).await;

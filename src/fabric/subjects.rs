@@ -71,6 +71,34 @@ pub(super) fn probe(node: &NodeName) -> String {
     format!("lm.c.{node}.probe")
 }
 
+/// What nodes say of their keys.
+pub(super) const ALL_KEYS: &str = "lm.k.*";
+
+/// Where `node` says how new its key is.
+pub(super) fn key_of(node: &NodeName) -> String {
+    format!("lm.k.{node}")
+}
+
+/// Who says how new its key is.
+pub(super) fn key_from(subject: &str) -> Option<NodeName> {
+    subject.strip_prefix("lm.k.")?.parse().ok()
+}
+
+/// Keys for `node`, from anybody.
+pub(super) fn keys_for(node: &NodeName) -> String {
+    format!("lm.k.{node}.*")
+}
+
+/// A key for one node.
+pub(super) fn key_for(from: &NodeName, to: &NodeName) -> String {
+    format!("lm.k.{to}.{from}")
+}
+
+/// Who gave a key.
+pub(super) fn key_giver(subject: &str) -> Option<NodeName> {
+    subject.rsplit('.').next()?.parse().ok()
+}
+
 /// Who says where it listens.
 pub(super) fn hello_from(subject: &str) -> Option<NodeName> {
     subject.strip_prefix("lm.m.")?.parse().ok()

@@ -83,9 +83,8 @@ impl Reader {
             // The file is another one, or went back: what the reader was told already is known by its versions.
             (cursor.site, cursor.lsn, cursor.again_upto) = (Some(head.site), 0, head.lsn);
         }
-        let wanted = |p: &&Arc<Plan>| {
-            !p.table.is_ours() && table.is_none_or(|t| p.table.name.eq_ignore_ascii_case(t))
-        };
+        let wanted =
+            |p: &&Arc<Plan>| !p.table.is_ours() && table.is_none_or(|t| p.table.name.eq_ignore_ascii_case(t));
         if let Some(name) = table.filter(|_| !plans.iter().any(|p| wanted(&p))) {
             return Err(ReplicaError::Unfit(format!("no table {name:?} is replicated in {db}")));
         }

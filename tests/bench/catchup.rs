@@ -14,9 +14,7 @@ const WRITE: &str = "INSERT INTO t VALUES(?1, 'meanwhile', 1, 0.5)";
 /// Where the writer is, and at what pace.
 pub fn catchup() {
     for (at, here) in [("the node that was there", true), ("the node that catches up", false)] {
-        for (pace, told) in
-            [(Some(Duration::from_millis(5)), "at 200 tx/s"), (None, "as fast as it can")]
-        {
+        for (pace, told) in [(Some(Duration::from_millis(5)), "at 200 tx/s"), (None, "as fast as it can")] {
             measure(at, here, pace, told);
         }
     }
@@ -37,9 +35,8 @@ fn measure(at: &str, here: bool, pace: Option<Duration>, told: &str) {
     b.start(None);
     let started = Instant::now();
     let peer = open(&b.file("app.db"));
-    let count = || -> i64 {
-        peer.query_row("SELECT count(*) FROM t WHERE id <= ?1", [ROWS], |r| r.get(0)).unwrap()
-    };
+    let count =
+        || -> i64 { peer.query_row("SELECT count(*) FROM t WHERE id <= ?1", [ROWS], |r| r.get(0)).unwrap() };
     writer.next_phase();
     while count() < ROWS {
         std::thread::sleep(Duration::from_millis(100));
@@ -58,7 +55,8 @@ fn measure(at: &str, here: bool, pace: Option<Duration>, told: &str) {
         resident_mib(a.process.as_ref().unwrap().id()),
         resident_mib(b.process.as_ref().unwrap().id())
     );
-    let tell = |when: &str, phase: &Phase| println!("catchup: a writer on {at}, {told}, {when}: {}", phase.told());
+    let tell =
+        |when: &str, phase: &Phase| println!("catchup: a writer on {at}, {told}, {when}: {}", phase.told());
     tell("peer away", &phases[0]);
     tell("meanwhile", &phases[2]);
     tell("afterwards, both up", &phases[3]);

@@ -3,6 +3,7 @@
 mod joining;
 mod logs;
 mod messages;
+mod rotation;
 mod starting;
 mod support;
 mod surviving;
