@@ -91,7 +91,7 @@ fn begin(args: &WatchArgs, db: &DbName) -> Result<Option<Cursor>> {
 }
 
 fn keep(path: &Path, kept: &Kept) -> Result<()> {
-    write_durably(path, &serde_json::to_vec(kept)?)
+    write_durably(&std::path::absolute(path)?, &serde_json::to_vec(kept)?)
 }
 
 /// Prints the changes; whether somebody still reads them.

@@ -79,6 +79,19 @@ pub fn keep_publishing(
     }
 }
 
+/// Notes where telling begins, if it is wanted and has not begun: before the node is ready, and before the publisher
+/// can see the database.
+pub fn begin(config: &Config, state: &NodeState, db: &DbName, worker: &WorkerHandle) -> Result<()> {
+    let path = state.told(db);
+    if !config.cdc || path.exists() {
+        return Ok(());
+    }
+    let cursor = open_reader(worker).map_err(anyhow::Error::msg)?.newest(worker)?;
+    write_durably(&path, &serde_json::to_vec(&Told { cursor, taken: Vec::new() })?)?;
+    info!(db = %db, "programs are told of changes from now on");
+    Ok(())
+}
+
 impl Publisher {
     /// Until it is aborted.
     async fn run(mut self) {
@@ -135,9 +148,13 @@ impl Publisher {
 
     async fn read(&mut self, worker: WorkerHandle) -> Result<ChangesPage> {
         let reader = self.reader.take().filter(|(of, _)| of.is_same(&worker)).map(|(_, reader)| reader);
-        let known = match &self.told {
-            Some(told) => Some(told.clone()),
-            None => load(&self.path)?,
+        let told = match &self.told {
+            Some(told) => told.clone(),
+            None => {
+                let told = load(&self.path)?;
+                self.events.expect_taken(told.taken.clone());
+                self.told.insert(told).clone()
+            }
         };
         let db = self.db.clone();
         let of = worker.clone();
@@ -146,28 +163,11 @@ impl Publisher {
                 Some(reader) => reader,
                 None => open_reader(&worker).map_err(anyhow::Error::msg)?,
             };
-            let page = match &known {
-                Some(told) => reader.changes(&worker, db.as_str(), &told.cursor, None)?,
-                None => {
-                    let next = reader.newest(&worker)?;
-                    ChangesPage { changes: Vec::new(), next, is_last: true, gap: false }
-                }
-            };
-            Ok((reader, page, known))
+            let page = reader.changes(&worker, db.as_str(), &told.cursor, None)?;
+            Ok((reader, page))
         };
-        let (reader, page, known) = tokio::task::spawn_blocking(work).await??;
+        let (reader, page) = tokio::task::spawn_blocking(work).await??;
         self.reader = Some((of, reader));
-        if self.told.is_none() {
-            match known {
-                Some(told) => self.events.expect_taken(told.taken),
-                None => {
-                    info!(db = %self.db, "programs are told of changes from now on");
-                    // Before anything is written: a kill must not make it begin later.
-                    self.told = Some(Told { cursor: page.next.clone(), taken: Vec::new() });
-                    self.save()?;
-                }
-            }
-        }
         Ok(page)
     }
 
@@ -213,12 +213,9 @@ impl Publisher {
     }
 }
 
-fn load(path: &Path) -> Result<Option<Told>> {
-    match std::fs::read(path) {
-        Ok(bytes) => serde_json::from_slice(&bytes).map(Some).with_context(|| {
-            format!("{} is damaged: remove it, and changes from then on are told", path.display())
-        }),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(e).with_context(|| format!("cannot read {}", path.display())),
-    }
+fn load(path: &Path) -> Result<Told> {
+    let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    serde_json::from_slice(&bytes).with_context(|| {
+        format!("{} is damaged: remove it and start again; changes from then on are told", path.display())
+    })
 }

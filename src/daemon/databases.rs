@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail};
 use rusqlite::Connection;
 use tracing::{info, warn};
 
+use super::cdc;
 use super::joining::{fetch_copy, peers_with};
 use super::router::Router;
 use super::state_dir::{NodeState, lock_database, new_site};
@@ -164,6 +165,7 @@ impl Starter<'_> {
             .with_context(|| format!("cannot watch {} for changes", path.display()))?;
         let thread = std::thread::Builder::new().name(format!("db-{name}")).spawn(move || worker.run());
         let thread = thread.context("cannot start a thread")?;
+        tokio::task::block_in_place(|| cdc::begin(self.config, self.state, &name, &handle))?;
         self.router.add(name.clone(), handle.clone());
         Ok(Running { name, path, worker: handle, thread, _watch: watch, _lock: lock })
     }

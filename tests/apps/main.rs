@@ -6,5 +6,6 @@ mod support;
 
 mod django;
 mod isso;
+mod nats;
 mod shell;
 mod writer;

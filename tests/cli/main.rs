@@ -16,4 +16,5 @@ mod returning;
 mod status;
 mod sync;
 mod verify;
+mod watch;
 mod words;

@@ -4,6 +4,7 @@
 mod support;
 
 mod catchup;
+mod cdc;
 mod crash;
 mod full;
 mod join;
