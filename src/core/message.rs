@@ -170,8 +170,10 @@ pub struct CopyRequest {
     pub request: u64,
     /// The copy, 0 to have one made.
     pub copy: u64,
-    /// Where the part starts, in bytes.
+    /// Where the part starts, in bytes; at the end of the copy or beyond: it is not needed any more.
     pub offset: u64,
+    /// BLAKE3 of what the asker has there already, of a copy that it did not get whole.
+    pub have: Option<[u8; 32]>,
 }
 
 /// A part of a copy of a file.
@@ -185,15 +187,26 @@ pub struct CopyPart {
     pub size: u64,
     /// Where this part starts.
     pub offset: u64,
-    /// The part.
+    /// The part; empty if the asker has it.
     pub data: Bytes,
+    /// Whether what the asker has there is the part.
+    pub same: bool,
     /// BLAKE3 of the whole.
     pub hash: Option<[u8; 32]>,
 }
 
 /// Encodes a message or a piece.
 pub fn encode<T: Serialize>(message: &T) -> Bytes {
-    let mut bytes = vec![WIRE_VERSION];
+    encode_into(message, Vec::new())
+}
+
+/// The same for what has about so many bytes: growing a buffer to them costs as much as copying them once more.
+pub fn encode_large<T: Serialize>(message: &T, len: usize) -> Bytes {
+    encode_into(message, Vec::with_capacity(len + 128))
+}
+
+fn encode_into<T: Serialize>(message: &T, mut bytes: Vec<u8>) -> Bytes {
+    bytes.push(WIRE_VERSION);
     rmp_serde::encode::write(&mut bytes, message).expect("messages hold nothing that MessagePack cannot");
     bytes.into()
 }

@@ -278,16 +278,15 @@ impl Starter<'_> {
         let mut copy = path.clone().into_os_string();
         copy.push(".litemesh-join");
         let copy = PathBuf::from(copy);
-        let result = async {
-            fetch_copy(self.router, peer, &found.spec.name, &copy).await?;
-            let (copy, exists) = (copy.clone(), found.lock.is_some());
-            let dest = path.clone();
-            let merge = self.config.merge;
-            tokio::task::spawn_blocking(move || take_in(&copy, &dest, exists, new_site(), merge)).await?
-        }
-        .await;
+        let context = || format!("{}", path.display());
+        // What was cut off stays: the next start goes on from it.
+        fetch_copy(self.router, peer, &found.spec.name, &copy).await.with_context(context)?;
+        let (fetched, exists) = (copy.clone(), found.lock.is_some());
+        let (dest, merge) = (path.clone(), self.config.merge);
+        let take = move || take_in(&fetched, &dest, exists, new_site(), merge);
+        let taken = tokio::task::spawn_blocking(take).await;
         remove_copy(&copy);
-        result.with_context(|| format!("{}", path.display()))?;
+        taken?.with_context(context)?;
         info!(db = %found.spec.name, node = %peer, "{} has the mesh's rows", path.display());
         Ok(())
     }

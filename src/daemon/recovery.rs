@@ -18,7 +18,7 @@ use super::observe::Observer;
 use super::router::Router;
 use crate::core::names::{DbName, NodeName};
 use crate::replica::clock::{steady_ms, wall_clock_ms};
-use crate::replica::copy::write_copy;
+use crate::replica::copy::{synchronise, write_copy};
 use crate::replica::unite::PeerFile;
 use crate::replica::worker::WorkerHandle;
 
@@ -118,16 +118,19 @@ async fn catch_up(
         db = %db,
         "this node was away for so long that its peers have forgotten deletes since: fetches a copy of node {peer}'s file"
     );
-    let copy = spool.join(format!("back-{:x}.db", rand::random::<u64>()));
+    let copy = spool.join(format!("back-{db}.db"));
     let result = async {
         fetch_copy(router, peer, db, &copy).await?;
         let kept = beside(path)?;
-        let (worker, peer, copy, spool) = (worker.clone(), peer.clone(), copy.clone(), spool.to_owned());
-        let work = move || take_in(&worker, &peer, &copy, &kept, &spool);
+        let (worker, peer, spool) = (worker.clone(), peer.clone(), spool.to_owned());
+        let work = move || {
+            let told = take_in(&worker, &peer, &copy, &kept, &spool);
+            super::databases::remove_copy(&copy);
+            told
+        };
         tokio::task::spawn_blocking(work).await?
     }
     .await;
-    super::databases::remove_copy(&copy);
     let told = result?;
     info!(db = %db, "{told}");
     Ok(())
@@ -153,7 +156,8 @@ fn beside(path: &Path) -> Result<PathBuf> {
 
 fn take_in(worker: &WorkerHandle, peer: &NodeName, copy: &Path, kept: &Path, spool: &Path) -> Result<String> {
     let reader = worker.call(|e| e.snapshot()).context("the database is being stopped")??;
-    write_copy(&reader, kept).with_context(|| format!("cannot keep the file as {}", kept.display()))?;
+    let durable = || write_copy(&reader, kept).and_then(|_| Ok(synchronise(kept)?));
+    durable().with_context(|| format!("cannot keep the file as {}", kept.display()))?;
     drop(reader);
     let told = format!(
         "this node was away for too long to be sent what had changed: it has taken in a copy of node {peer}'s file, and \

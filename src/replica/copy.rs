@@ -55,9 +55,11 @@ impl Store {
     }
 }
 
-/// Writes what the reader's transaction sees into a new file; returns its BLAKE3 hash and size.
-pub fn write_copy(reader: &Connection, dest: &Path) -> Result<([u8; 32], u64)> {
+/// Writes what the reader's transaction sees into a new file; returns its size. It is not synchronised: most copies are
+/// deleted soon, and an fsync of a gibibyte keeps every writer of the disk waiting.
+pub fn write_copy(reader: &Connection, dest: &Path) -> Result<u64> {
     let mut target = Connection::open(dest)?;
+    target.execute_batch("PRAGMA synchronous = OFF; PRAGMA journal_mode = OFF")?;
     {
         let backup = Backup::new(reader, &mut target)?;
         while backup.step(-1)? != StepResult::Done {
@@ -65,20 +67,19 @@ pub fn write_copy(reader: &Connection, dest: &Path) -> Result<([u8; 32], u64)> {
         }
     }
     drop(target);
-    hash_file(dest)
+    Ok(std::fs::metadata(dest)?.len())
 }
 
-/// The BLAKE3 hash and the size of a file.
-pub fn hash_file(path: &Path) -> Result<([u8; 32], u64)> {
+/// The BLAKE3 hash of a file.
+pub fn hash_file(path: &Path) -> std::io::Result<[u8; 32]> {
     let mut file = std::fs::File::open(path)?;
-    let (mut hasher, mut buffer, mut size) = (blake3::Hasher::new(), vec![0; 1 << 20], 0);
+    let (mut hasher, mut buffer) = (blake3::Hasher::new(), vec![0; 1 << 20]);
     loop {
         let read = file.read(&mut buffer)?;
         if read == 0 {
-            return Ok((*hasher.finalize().as_bytes(), size));
+            return Ok(*hasher.finalize().as_bytes());
         }
         hasher.update(&buffer[..read]);
-        size += read as u64;
     }
 }
 
@@ -95,10 +96,30 @@ pub fn install_copy(copy: &Path, dest: &Path, site: SiteId) -> Result<()> {
     // A hard link fails where a rename would overwrite.
     std::fs::hard_link(copy, dest)?;
     std::fs::remove_file(copy)?;
-    if let Some(directory) = dest.parent().filter(|d| !d.as_os_str().is_empty()) {
-        std::fs::File::open(directory)?.sync_all()?;
+    synchronise(dest)?;
+    Ok(())
+}
+
+/// Removes what SQLite keeps beside a file that is about to become another.
+pub fn remove_side_files(file: &Path) -> std::io::Result<()> {
+    for suffix in ["-wal", "-shm", "-journal"] {
+        let mut name = file.to_owned().into_os_string();
+        name.push(suffix);
+        match std::fs::remove_file(&name) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
     }
     Ok(())
+}
+
+/// Makes a file and its name durable.
+pub fn synchronise(file: &Path) -> std::io::Result<()> {
+    std::fs::File::open(file)?.sync_all()?;
+    match file.parent().filter(|d| !d.as_os_str().is_empty()) {
+        Some(directory) => std::fs::File::open(directory)?.sync_all(),
+        None => Ok(()),
+    }
 }
 
 /// What of a copy belongs to the file it was made of, not to this one: within a transaction.

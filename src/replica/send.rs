@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 use super::Result;
 use super::absorb::OwnCommit;
 use crate::core::frame::WireError;
-use crate::core::message::{FRAGMENT_BYTES, Fragment, Message, decode, encode};
+use crate::core::message::{FRAGMENT_BYTES, Fragment, Message, decode, encode, encode_large};
 use crate::core::names::NodeName;
 
 /// What may be held of unfinished messages: a page of rows near SQLite's limit.
@@ -32,7 +32,7 @@ pub fn commit_pieces(own: &mut OwnCommit, mut send: impl FnMut(Bytes)) -> Result
         data.extend_from_slice(&more);
         let piece =
             Fragment { attempt, index, last: left == 0, data: Bytes::from(std::mem::take(&mut data)) };
-        send(encode(&piece));
+        send(encode_large(&piece, piece.data.len()));
         if left == 0 {
             break;
         }
@@ -42,12 +42,18 @@ pub fn commit_pieces(own: &mut OwnCommit, mut send: impl FnMut(Bytes)) -> Result
 
 /// Cuts a message into pieces and hands each to `send`.
 pub fn message_pieces(message: &Message, mut send: impl FnMut(Bytes)) {
-    let whole = encode(message);
+    let len = match message {
+        Message::CopyPart(part) => part.data.len(),
+        Message::SyncPage(page) => page.frames.iter().map(|f| f.len() + 8).sum(),
+        _ => 0,
+    };
+    let whole = encode_large(message, len);
     let attempt = rand::random();
     let count = whole.len().div_ceil(FRAGMENT_BYTES);
     for index in 0..count {
         let data = whole.slice(index * FRAGMENT_BYTES..whole.len().min((index + 1) * FRAGMENT_BYTES));
-        send(encode(&Fragment { attempt, index: index as u32, last: index + 1 == count, data }));
+        let piece = Fragment { attempt, index: index as u32, last: index + 1 == count, data };
+        send(encode_large(&piece, piece.data.len()));
     }
 }
 
@@ -134,7 +140,7 @@ mod tests {
     #[test]
     fn a_long_message_comes_back_whole() {
         let data = Bytes::from(vec![3; FRAGMENT_BYTES * 2 + 17]);
-        let part = CopyPart { request: 1, copy: 2, size: 3, offset: 4, data, hash: None };
+        let part = CopyPart { request: 1, copy: 2, size: 3, offset: 4, data, same: false, hash: None };
         let message = Message::CopyPart(part);
         let mut pieces = Vec::new();
         message_pieces(&message, |p| pieces.push(p));

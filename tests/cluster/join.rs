@@ -1,8 +1,11 @@
 //! Ways to come into a mesh.
 
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
 use rusqlite::Connection;
 
-use crate::support::{Node, dump, pair, wait_equal};
+use crate::support::{Node, dump, pair, wait_equal, wait_for};
 
 const SCHEMA: &str =
     "CREATE TABLE t(id INTEGER PRIMARY KEY, v); CREATE INDEX i ON t(v); CREATE VIEW w AS SELECT v FROM t;
@@ -93,4 +96,73 @@ fn several_databases_go_by_their_names() {
         .map(|d| d["name"].as_str().unwrap().to_owned())
         .collect();
     assert_eq!(names, ["notes", "one", "two"]);
+}
+
+/// A file that takes a moment to fetch.
+fn large(dir: &Path) -> (Node, Node) {
+    let (mut a, b) = (Node::new(dir, "a", &["app.db"]), Node::new(dir, "b", &["app.db"]));
+    a.exec(
+        "app.db",
+        "PRAGMA journal_mode = WAL; CREATE TABLE t(id INTEGER PRIMARY KEY, v);
+         WITH RECURSIVE c(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM c WHERE i < 160)
+         INSERT INTO t SELECT i, randomblob(1000000) FROM c",
+    );
+    a.start(None);
+    (a, b)
+}
+
+const ON_ITS_WAY: &str = "app.db.litemesh-join";
+
+fn wait_for_part(b: &Node) {
+    let there = || std::fs::metadata(b.file(ON_ITS_WAY)).map_or(0, |m| m.blocks() * 512);
+    wait_for("a part of the copy is there", || there() > 24 << 20);
+}
+
+fn check_joined(a: &Node, b: &Node) {
+    a.exec("app.db", "INSERT INTO t VALUES(1000, 'after')");
+    a.sync();
+    wait_equal(&[a, b], "app.db");
+    assert_eq!(b.text("app.db", "PRAGMA integrity_check"), "ok");
+    for suffix in ["", "-wal", "-shm"] {
+        assert!(!b.file(&format!("{ON_ITS_WAY}{suffix}")).exists(), "the copy{suffix} is left");
+    }
+}
+
+#[test]
+fn a_node_that_was_killed_while_it_joined_goes_on_from_what_is_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, mut b) = large(dir.path());
+    b.spawn(Some(&a.token()));
+    wait_for_part(&b);
+    b.kill();
+    a.exec("app.db", "INSERT INTO t VALUES(999, 'meanwhile')");
+    // As if it had been killed while it installed a copy.
+    let other = Connection::open(dir.path().join("other.db")).unwrap();
+    other
+        .execute_batch("PRAGMA journal_mode = WAL; CREATE TABLE other(x); INSERT INTO other VALUES(1)")
+        .unwrap();
+    std::fs::copy(dir.path().join("other.db-wal"), b.file(&format!("{ON_ITS_WAY}-wal"))).unwrap();
+    b.start(Some(&a.token()));
+    let log = b.log.lock().unwrap().join("\n");
+    let fetched = log.lines().find(|l| l.contains("fetched ")).expect("it says what it fetched");
+    let same = fetched.split("; ").nth(1).and_then(|rest| rest.split(' ').next()).unwrap();
+    assert!(same.parse::<u64>().unwrap() > 16 << 20, "{fetched}");
+    check_joined(&a, &b);
+}
+
+#[test]
+fn a_node_goes_on_joining_when_its_peer_was_started_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut a, mut b) = large(dir.path());
+    let token = a.token();
+    b.spawn(Some(&token));
+    wait_for_part(&b);
+    a.kill();
+    a.exec("app.db", "UPDATE t SET v = 'shorter' WHERE id > 100; INSERT INTO t VALUES(999, 'meanwhile')");
+    a.start(None);
+    b.wait_ready();
+    let log = b.log.lock().unwrap().join("\n");
+    let done = log.contains("goes on from what is here") || log.contains("; 0 of them were here already");
+    assert!(done, "{log}");
+    check_joined(&a, &b);
 }

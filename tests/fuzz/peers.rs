@@ -116,8 +116,16 @@ fn rare_messages() -> Vec<Message> {
     vec![
         Message::Hello(Hello { version: "0.1.0".into(), now_ms: START_MS, dbs: vec![db.clone()] }),
         Message::Ask { db: db.clone() },
-        Message::CopyRequest(CopyRequest { db, request: 1, copy: 2, offset: 1 << 20 }),
-        Message::CopyPart(CopyPart { request: 1, copy: 2, size: 15, offset: 0, data, hash: Some([7; 32]) }),
+        Message::CopyRequest(CopyRequest { db, request: 1, copy: 2, offset: 1 << 20, have: Some([8; 32]) }),
+        Message::CopyPart(CopyPart {
+            request: 1,
+            copy: 2,
+            size: 15,
+            offset: 0,
+            data,
+            same: false,
+            hash: Some([7; 32]),
+        }),
         Message::Refused { request: 1, why: format!("node {name} is stopping") },
         Message::Bye,
     ]
