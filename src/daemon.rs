@@ -5,10 +5,12 @@ pub mod cdc;
 pub mod control;
 pub mod control_changes;
 pub mod control_key;
+pub mod control_members;
 pub mod control_verify;
 pub mod databases;
 pub mod divergence;
 pub mod joining;
+pub mod leaving;
 pub mod observe;
 pub mod recovery;
 pub mod repair;
@@ -31,6 +33,7 @@ use tracing::{debug, info, warn};
 
 use control::{Contact, Control, DetachRequest, RestampRequest};
 use databases::{Found, Running, Starter};
+use leaving::LeaveRequest;
 use observe::Observer;
 use router::Router;
 use state_dir::NodeState;
@@ -39,7 +42,7 @@ use crate::config::Config;
 use crate::core::message::Message;
 use crate::core::names::DbName;
 use crate::fabric::link::Outgoing;
-use crate::fabric::{Fabric, FabricError, FabricOptions, JoinToken, LogLimits, StateDir};
+use crate::fabric::{Fabric, FabricError, FabricOptions, JoinToken, LogLimits, LogReplicas, StateDir};
 use crate::replica::adopt;
 use crate::sqlite;
 use crate::status::http;
@@ -95,14 +98,16 @@ pub async fn run(config: Config, started: impl FnOnce(&Started)) -> Result<()> {
     tasks.spawn(recovery::keep_catching_up(router.clone(), state.spool()));
     let (detach, detaching) = mpsc::channel(4);
     let (restamp, restamping) = mpsc::channel(4);
+    let (leave, leaving) = mpsc::channel(1);
     let contact = Contact::publish(state.dir(), page)?;
     let tokens = fabric.clone();
     let control = Control {
         router: router.clone(),
         token: Arc::new(move || tokens.join_token().map(|t| t.reveal()).map_err(|e| e.to_string())),
-        fabric: fabric.clone(),
         detach,
         restamp,
+        leave,
+        fabric: Arc::downgrade(&fabric),
         secret: contact.secret.into(),
     };
     let routes = http::router(observer.handle()).merge(http::guard(control::routes(control)));
@@ -116,7 +121,8 @@ pub async fn run(config: Config, started: impl FnOnce(&Started)) -> Result<()> {
         joins,
         mesh_id: fabric.mesh_id(),
     };
-    let result = serve(&starter, found, &observer, (detaching, restamping), || {
+    let requests = Requests { detaching, restamping, leaving };
+    let result = serve(&starter, found, &observer, &fabric, requests, || {
         let databases = config.databases.iter().map(|d| (d.name.clone(), d.path.clone())).collect();
         started(&Started { node: config.name.to_string(), token: token.reveal(), http: page, databases });
     })
@@ -134,7 +140,26 @@ pub async fn run(config: Config, started: impl FnOnce(&Started)) -> Result<()> {
         Some(fabric) => fabric.shutdown().await,
         None => debug!("the fabric is still in use: its server ends with this process"),
     }
-    result
+    if result? == Ending::Left {
+        state.forget_mesh()?;
+    }
+    Ok(())
+}
+
+/// What other commands ask of the running node.
+struct Requests {
+    detaching: mpsc::Receiver<DetachRequest>,
+    restamping: mpsc::Receiver<RestampRequest>,
+    leaving: mpsc::Receiver<LeaveRequest>,
+}
+
+/// Why a node stops.
+#[derive(Debug, PartialEq, Eq)]
+enum Ending {
+    /// It was told to.
+    Stopped,
+    /// It has left its mesh for good.
+    Left,
 }
 
 async fn serve_page(listener: TcpListener, routes: axum::Router) {
@@ -156,7 +181,12 @@ fn fabric_options(config: &Config) -> Result<FabricOptions> {
     let mut options = FabricOptions::new(config.name.clone(), dir, config.cluster, config.client);
     options.advertise = config.advertise.as_ref().map(ToString::to_string);
     options.incoming_capacity = INCOMING;
-    options.log = LogLimits { max_bytes: config.log_max_bytes, max_age: config.log_max_age };
+    let replicas = match config.log_replicas {
+        None => LogReplicas::Auto,
+        Some(1) => LogReplicas::One,
+        Some(_) => LogReplicas::Three,
+    };
+    options.log = LogLimits { max_bytes: config.log_max_bytes, max_age: config.log_max_age, replicas };
     // The server refuses a stream that may grow beyond this; the rest is for programs of the host.
     let with_log_mib = config.log_max_bytes.div_ceil(1 << 20) + OTHER_STREAMS_MIB;
     options.store_limit_mib = options.store_limit_mib.max(with_log_mib);
@@ -182,14 +212,15 @@ async fn send_all(fabric: Arc<Fabric>, mut to_send: mpsc::Receiver<Outgoing>) {
     }
 }
 
-/// Starts the databases, runs until a signal, and stops them.
+/// Starts the databases, runs until a signal or until the node has left, and stops them.
 async fn serve(
     starter: &Starter<'_>,
     found: Vec<Found>,
     observer: &Observer,
-    (mut detaching, mut restamping): (mpsc::Receiver<DetachRequest>, mpsc::Receiver<RestampRequest>),
+    fabric: &Fabric,
+    requests: Requests,
     started: impl FnOnce(),
-) -> Result<()> {
+) -> Result<Ending> {
     let mut running = BTreeMap::new();
     let mut signals = Signals::new()?;
     let starting = async {
@@ -200,42 +231,19 @@ async fn serve(
         }
         Ok(())
     };
-    let result = tokio::select! {
-        result = starting => result,
-        () = signals.wait() => Ok(()),
+    let mut result = tokio::select! {
+        result = starting => result.map(|()| Ending::Stopped),
+        () = signals.wait() => Ok(Ending::Stopped),
     };
     if result.is_ok() && !signals.came {
         starter.router.say_hello().await;
         observer.ready().await;
         started();
-        let (mut closed, mut look, mut turns) =
-            (recovery::Closed::new(), tokio::time::interval(LOOK_EVERY), 0u64);
-        loop {
-            tokio::select! {
-                _ = look.tick() => {
-                    turns += 1;
-                    if turns.is_multiple_of(NOTE_TURNS) {
-                        recovery::note_sites(starter, observer, running.keys());
-                    }
-                    let looking = recovery::look_after(starter, observer, &mut running, &mut closed);
-                    tokio::select! {
-                        result = looking => result?,
-                        () = signals.wait() => break,
-                    }
-                }
-                () = signals.wait() => break,
-                Some((ask, answer)) = detaching.recv() => {
-                    let result = detach(starter, observer, &mut running, &ask.path).map_err(|e| format!("{e:#}"));
-                    // The asker may have gone.
-                    drop(answer.send(result));
-                }
-                Some((db, answer)) = restamping.recv() => {
-                    let work = || restamp::restamp(starter, &running, db.as_ref());
-                    let result = tokio::task::block_in_place(work).map_err(|e| format!("{e:#}"));
-                    drop(answer.send(result));
-                }
-            }
-        }
+        let working = work(starter, observer, fabric, &mut running, requests);
+        result = tokio::select! {
+            result = working => result,
+            () = signals.wait() => Ok(Ending::Stopped),
+        };
         info!("stopping: what was committed is sent first");
     }
     let ending = starter.router.clone();
@@ -246,6 +254,48 @@ async fn serve(
         recovery::note_sites(starter, observer, [&name].into_iter());
     }
     result
+}
+
+/// Looks after the databases and does what is asked, until the node has left or this is dropped.
+async fn work(
+    starter: &Starter<'_>,
+    observer: &Observer,
+    fabric: &Fabric,
+    running: &mut BTreeMap<DbName, Running>,
+    mut requests: Requests,
+) -> Result<Ending> {
+    let (mut closed, mut look, mut turns) =
+        (recovery::Closed::new(), tokio::time::interval(LOOK_EVERY), 0u64);
+    loop {
+        // Who asked may have gone when an answer is sent.
+        tokio::select! {
+            _ = look.tick() => {
+                turns += 1;
+                if turns.is_multiple_of(NOTE_TURNS) {
+                    recovery::note_sites(starter, observer, running.keys());
+                }
+                starter.router.forget_gone(&fabric.gone());
+                recovery::look_after(starter, observer, running, &mut closed).await?;
+            }
+            Some((ask, answer)) = requests.detaching.recv() => {
+                let result = detach(starter, observer, running, &ask.path).map_err(|e| format!("{e:#}"));
+                drop(answer.send(result));
+            }
+            Some((db, answer)) = requests.restamping.recv() => {
+                let work = || restamp::restamp(starter, running, db.as_ref());
+                let result = tokio::task::block_in_place(work).map_err(|e| format!("{e:#}"));
+                drop(answer.send(result));
+            }
+            Some((ask, answer)) = requests.leaving.recv() => {
+                let result = leaving::leave(starter, observer, fabric, running, &ask).await;
+                let left = result.is_ok();
+                drop(answer.send(result.map_err(|e| format!("{e:#}"))));
+                if left {
+                    return Ok(Ending::Left);
+                }
+            }
+        }
+    }
 }
 
 fn detach(

@@ -122,6 +122,26 @@ pub enum Command {
     /// on with its other databases. Other nodes keep their copies.
     Detach(DetachArgs),
 
+    /// Take this node out of the mesh for good.
+    ///
+    /// Run it on the host that goes, while its node runs. What was written here is sent first, streams of the host's
+    /// programs move to other nodes, the cluster lets the node go, and its litemesh ends. The files become plain SQLite
+    /// files with the rows they have. If something is in the way, it says what, and the node stays a member.
+    Leave(LeaveArgs),
+
+    /// Take a node out of the mesh that is gone for ever.
+    ///
+    /// Run it on any node that is left. It says first what it will do, and asks. A node that comes back under its name
+    /// needs no command, whatever became of its disk.
+    Remove(RemoveArgs),
+
+    /// Go on without members that are gone for ever, when too few are left to decide that.
+    ///
+    /// For a survivor of two whose peer is gone and is to be replaced under another name; one that comes back under its
+    /// name needs no command. It says first what it will do, and asks for this node's name. Never run it on both sides of
+    /// a broken network.
+    Rescue(RescueArgs),
+
     /// See it work: two nodes and a small database, on this machine only.
     ///
     /// Starts two nodes in a directory of their own, writes on both, cuts them apart, and shows that they agree
@@ -257,6 +277,9 @@ pub struct UpArgs {
     /// The longest that it keeps a commit [default: 72h].
     #[arg(long, value_name = "TIME")]
     pub log_max_age: Option<String>,
+    /// How many nodes keep a copy of this node's log stream: 1, 3, or auto, which is 3 from three nodes on [default: auto].
+    #[arg(long, value_name = "auto|1|3")]
+    pub log_replicas: Option<String>,
     /// Unite a file that was never in the mesh and has other rows with the mesh's, by key.
     ///
     /// Its rows become rows of the mesh; where both have one under a key, the mesh's stays and the other is kept as a
@@ -327,6 +350,7 @@ impl UpArgs {
             absent_age: self.absent_age.clone(),
             log_max_bytes: self.log_max_bytes.clone(),
             log_max_age: self.log_max_age.clone(),
+            log_replicas: self.log_replicas.clone().map(Number::Text),
             merge: self.merge.then_some(true),
             cdc: self.cdc.then_some(true),
             log: self.log.clone(),
@@ -398,6 +422,45 @@ pub struct RepairArgs {
     #[arg(long)]
     pub json: bool,
     /// Where the node's state is.
+    #[command(flatten)]
+    pub state: StateArgs,
+}
+
+/// Arguments of `leave`.
+#[derive(Debug, Clone, Args)]
+pub struct LeaveArgs {
+    /// How long the other nodes may take to get what is here, for example 30s or 10m.
+    #[arg(long, value_name = "TIME", default_value = "5m", value_parser = parse_duration)]
+    pub timeout: Duration,
+    /// Leave although streams are bound to this node by their placement tag: they are lost.
+    #[arg(long)]
+    pub drop_streams: bool,
+    /// Where the node's state is.
+    #[command(flatten)]
+    pub state: StateArgs,
+}
+
+/// Arguments of `remove`.
+#[derive(Debug, Clone, Args)]
+pub struct RemoveArgs {
+    /// The node that is gone.
+    #[arg(value_name = "NODE")]
+    pub node: String,
+    /// Do not ask.
+    #[arg(long)]
+    pub yes: bool,
+    /// Where this node's state is.
+    #[command(flatten)]
+    pub state: StateArgs,
+}
+
+/// Arguments of `rescue`.
+#[derive(Debug, Clone, Args)]
+pub struct RescueArgs {
+    /// Instead of being asked for it: the name of this node, which goes on.
+    #[arg(long, value_name = "NODE")]
+    pub confirm: Option<String>,
+    /// Where this node's state is.
     #[command(flatten)]
     pub state: StateArgs,
 }

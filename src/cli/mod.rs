@@ -8,6 +8,7 @@ pub mod complete;
 pub mod conflicts;
 pub mod demo;
 pub mod env;
+pub mod members;
 pub mod node;
 pub mod repair;
 pub mod run;

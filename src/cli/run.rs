@@ -4,7 +4,7 @@
 use std::process::ExitCode;
 
 use super::args::{Cli, Command, ConflictsCommand};
-use super::{check, complete, conflicts, demo, env, node, repair, up, verify, watch};
+use super::{check, complete, conflicts, demo, env, members, node, repair, up, verify, watch};
 use crate::config::ConfigError;
 use crate::config::error::EXIT_CONFIG;
 use crate::fabric::token::TokenError;
@@ -28,6 +28,9 @@ pub fn run(cli: &Cli) -> ExitCode {
         Command::Watch(args) => watch::run(args),
         Command::Env(args) => env::run(args),
         Command::Detach(args) => node::detach(args),
+        Command::Leave(args) => members::leave(args),
+        Command::Remove(args) => members::remove(args),
+        Command::Rescue(args) => members::rescue(args),
         Command::Demo(args) => demo::run(args),
         Command::Completions(args) => written(complete::completions(args.shell, &mut std::io::stdout())),
         Command::Man => written(complete::man(&mut std::io::stdout())),

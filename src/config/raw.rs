@@ -37,6 +37,7 @@ pub const KEYS: &[&str] = &[
     "absent_age",
     "log_max_bytes",
     "log_max_age",
+    "log_replicas",
     "merge",
     "cdc",
     "log",
@@ -98,6 +99,8 @@ pub struct Raw {
     pub log_max_bytes: Option<String>,
     /// The longest that it keeps a commit.
     pub log_max_age: Option<String>,
+    /// How many copies of the log stream there are: `auto`, 1 or 3.
+    pub log_replicas: Option<Number>,
     /// Whether a file that differs from the mesh's is united with it by key.
     pub merge: Option<bool>,
     /// Whether programs are told of changes over NATS.
@@ -217,6 +220,7 @@ impl Raw {
             "log_max_age" => self.log_max_age = text(),
             "merge" => self.merge = switch(),
             "cdc" => self.cdc = switch(),
+            "log_replicas" => self.log_replicas = text().map(Number::Text),
             "log" => self.log = text(),
             _ => {}
         }
@@ -262,6 +266,7 @@ impl Raw {
             absent_age: self.absent_age.or(below.absent_age),
             log_max_bytes: self.log_max_bytes.or(below.log_max_bytes),
             log_max_age: self.log_max_age.or(below.log_max_age),
+            log_replicas: self.log_replicas.or(below.log_replicas),
             merge: self.merge.or(below.merge),
             cdc: self.cdc.or(below.cdc),
             log: self.log.or(below.log),

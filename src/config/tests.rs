@@ -109,6 +109,7 @@ fn every_key_can_be_set_in_the_file_and_in_the_environment() {
         "max_skew" => "'60s'",
         "conflicts_age" | "tombstones_age" | "absent_age" | "log_max_age" => "'30d'",
         "log_max_bytes" => "'64MiB'",
+        "log_replicas" => "3",
         "conflicts_max" => "7",
         "merge" | "cdc" => "true",
         "schema" => "'manual'",
@@ -135,6 +136,7 @@ fn every_key_can_be_set_in_the_file_and_in_the_environment() {
     assert_eq!(config.advertise.unwrap().to_string(), "[::1]:7");
     assert_eq!((config.journal, config.schema), (Journal::Keep, SchemaMode::Manual));
     assert_eq!((config.log_max_bytes, config.log_max_age.as_secs()), (64 << 20, 30 * 86_400));
+    assert_eq!(config.log_replicas, Some(3));
     assert!(config.tables.covers("b") == config.tables.covers("Ab"));
 }
 

@@ -43,6 +43,8 @@ pub const DEFAULT_ABSENT_AGE: &str = "7d";
 pub const DEFAULT_LOG_MAX_BYTES: &str = "1GiB";
 /// How long it keeps a commit by default.
 pub const DEFAULT_LOG_MAX_AGE: &str = "72h";
+/// How many copies of it there are by default.
+pub const DEFAULT_LOG_REPLICAS: &str = "auto";
 /// A log that holds less than a few large commits is none.
 const LEAST_LOG_BYTES: u64 = 16 * 1024 * 1024;
 const LEAST_LOG_AGE: Duration = Duration::from_secs(1);
@@ -185,6 +187,8 @@ pub struct Config {
     pub log_max_bytes: u64,
     /// The longest that it keeps a commit.
     pub log_max_age: Duration,
+    /// How many copies of it there are: 1 or 3, or as many as the nodes allow.
+    pub log_replicas: Option<u64>,
     /// Whether a file that was never in the mesh and differs from it is united with it by key.
     pub merge: bool,
     /// Whether the host's programs are told of changes over NATS.
@@ -237,6 +241,7 @@ pub fn validate(raw: Raw, around: &Surroundings) -> Result<Config, ConfigError> 
         absent_age: age("absent_age", raw.absent_age.as_deref(), DEFAULT_ABSENT_AGE)?,
         log_max_bytes: log_max_bytes(raw.log_max_bytes.as_deref())?,
         log_max_age: log_max_age(raw.log_max_age.as_deref())?,
+        log_replicas: log_replicas(raw.log_replicas)?,
         log: log(raw.log)?,
     })
 }
@@ -261,6 +266,23 @@ fn log_max_age(given: Option<&str>) -> Result<Duration, ConfigError> {
             Err(ConfigError::value("log_max_age", given.unwrap_or_default(), "the least is 1s"))
         }
         age => Ok(age),
+    }
+}
+
+fn log_replicas(given: Option<Number>) -> Result<Option<u64>, ConfigError> {
+    let text = match given {
+        None => DEFAULT_LOG_REPLICAS.to_owned(),
+        Some(Number::Number(n)) => n.to_string(),
+        Some(Number::Text(text)) => text,
+    };
+    match text.trim() {
+        "auto" => Ok(None),
+        "1" => Ok(Some(1)),
+        "3" => Ok(Some(3)),
+        other => {
+            let reason = "it is \"auto\" (3 from three nodes on, else 1), 1 or 3";
+            Err(ConfigError::value("log_replicas", other, reason))
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 
 use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
+use super::leaving::LeaveRequest;
 use super::router::Router;
 use super::state_dir::write_durably;
 use crate::core::message::Message;
@@ -102,12 +103,14 @@ pub struct Control {
     pub router: Arc<Router>,
     /// The join token, as of now.
     pub token: Arc<dyn Fn() -> Result<String, String> + Send + Sync>,
-    /// The mesh's NATS.
-    pub fabric: Arc<Fabric>,
     /// Takes requests to detach.
     pub detach: mpsc::Sender<DetachRequest>,
     /// Takes requests to date writes anew.
     pub restamp: mpsc::Sender<RestampRequest>,
+    /// Takes requests to leave the mesh.
+    pub leave: mpsc::Sender<LeaveRequest>,
+    /// The mesh's members; gone when the node ends.
+    pub fabric: Weak<Fabric>,
     /// What opens the endpoints.
     pub secret: Arc<str>,
 }
@@ -121,6 +124,7 @@ pub fn routes(control: Control) -> Routes {
         .merge(super::control_verify::routes())
         .merge(super::control_changes::routes())
         .merge(super::control_key::routes())
+        .merge(super::control_members::routes())
         // Not for paths that nobody serves: those are unknown, not forbidden.
         .route_layer(middleware::from_fn_with_state(control.clone(), authorize))
         .with_state(control)
@@ -181,7 +185,11 @@ async fn sync(State(control): State<Control>, Json(ask): Json<SyncAsk>) -> Respo
 }
 
 /// Waits until every live peer holds what this node holds now.
-async fn barrier(router: &Router, db: &DbName, deadline: Instant) -> Result<(usize, Vec<NodeName>)> {
+pub(super) async fn barrier(
+    router: &Router,
+    db: &DbName,
+    deadline: Instant,
+) -> Result<(usize, Vec<NodeName>)> {
     let worker = router.worker(db).context("it was detached")?;
     let asked = worker.clone();
     let target = tokio::task::spawn_blocking(move || asked.call(|engine| engine.barrier())).await?;

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep};
 
 use super::control::Control;
-use crate::fabric::FabricError;
+use crate::fabric::{Fabric, FabricError};
 
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// The longest that a question waits for the other nodes.
@@ -43,15 +43,17 @@ pub(super) fn routes() -> Routes<Control> {
 }
 
 async fn key(State(control): State<Control>, Json(ask): Json<KeyAsk>) -> Response {
-    match change(&control, &ask).await {
+    let Some(fabric) = control.fabric.upgrade() else {
+        return (StatusCode::SERVICE_UNAVAILABLE, "the node is ending\n").into_response();
+    };
+    match change(&fabric, &ask).await {
         Ok(answer) => Json(answer).into_response(),
         Err(e @ FabricError::KeyChanging { .. }) => (StatusCode::CONFLICT, e.to_string()).into_response(),
         Err(e) => (StatusCode::INTERNAL_SERVER_ERROR, e.to_string()).into_response(),
     }
 }
 
-async fn change(control: &Control, ask: &KeyAsk) -> Result<KeyAnswer, FabricError> {
-    let fabric = &control.fabric;
+async fn change(fabric: &Fabric, ask: &KeyAsk) -> Result<KeyAnswer, FabricError> {
     if ask.rotate {
         fabric.change_key()?;
     }

@@ -16,7 +16,7 @@ use crate::core::names::DbName;
 use crate::core::vector::Vector;
 use crate::core::verify::Outcome;
 use crate::core::version::SiteId;
-use crate::fabric::Fabric;
+use crate::fabric::{Fabric, LogCopies};
 use crate::replica::clock::steady_ms;
 use crate::replica::conflict::ConflictCounts;
 use crate::replica::engine::{Engine, Peer};
@@ -25,8 +25,8 @@ use crate::replica::store::Store;
 use crate::replica::worker::Report;
 use crate::status::StatusHandle;
 use crate::status::model::{
-    CatchingUp, DatabasePeer, DatabaseState, DatabaseStatus, FabricStatus, FileEvent, PeerStatus, Status,
-    Verified,
+    CatchingUp, DatabasePeer, DatabaseState, DatabaseStatus, FabricStatus, FileEvent, LogStatus, PeerStatus,
+    Status, Verified,
 };
 
 /// How often the whole is put together.
@@ -174,6 +174,11 @@ impl Observer {
             log_acked: info.log.acked,
             log_unacked: info.log.unacked(),
             messages_refused: inner.router.messages_refused(),
+            leader: info.leader,
+            servers: info.servers,
+            log: log_status(info.log.copies),
+            logs_led: info.log.leads,
+            logs_held: info.log.holds,
             ..status.fabric
         };
         let now_ms = steady_ms();
@@ -349,6 +354,11 @@ fn describe(
         verified: None,
         peers: peers.collect(),
     }
+}
+
+fn log_status(copies: LogCopies) -> LogStatus {
+    let LogCopies { leader, copies, behind, wanted, moving } = copies;
+    LogStatus { leader, copies, behind, wanted, moving }
 }
 
 fn catching_up(engine: &Engine, now_ms: u64) -> Option<CatchingUp> {

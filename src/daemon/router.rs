@@ -1,7 +1,7 @@
 //! Between the fabric and the databases: hands what arrives to the right worker, keeps track of peers, serves copies.
 //! Invariant: it never waits for a database; what a database cannot take now is dropped and repaired later.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -68,6 +68,8 @@ pub struct Router {
     outgoing: mpsc::Sender<Outgoing>,
     /// Messages that could not be read.
     refused: AtomicU64,
+    /// Nodes that left for good, as the databases were told.
+    gone: Mutex<BTreeSet<NodeName>>,
 }
 
 pub(super) fn held<T>(lock: Result<T, PoisonError<T>>) -> T {
@@ -93,6 +95,7 @@ impl Router {
             clocks: SharedClocks::new(max_skew.as_millis() as u64),
             outgoing,
             refused: AtomicU64::new(0),
+            gone: Mutex::default(),
         })
     }
 
@@ -313,6 +316,23 @@ impl Router {
             judged.alarms(&self.node).into_iter().for_each(|alarm| warn!("{alarm}"));
             if wrong(&judged) == (false, Vec::new()) {
                 info!("the clocks agree again");
+            }
+        }
+    }
+
+    /// Nodes left the mesh for good: nothing of them is shown, and nobody waits for them any more.
+    pub fn forget_gone(&self, gone: &[NodeName]) {
+        let mut told = held(self.gone.lock());
+        told.retain(|node| gone.contains(node));
+        for node in gone {
+            let was_there = held(self.peers.lock()).remove(node).is_some();
+            if !told.insert(node.clone()) && !was_there {
+                continue;
+            }
+            held(self.heard_clocks.lock()).forget(node);
+            for worker in held(self.workers.read()).values() {
+                let node = node.clone();
+                worker.offer(Input::Do(Box::new(move |engine| engine.forget_member(&node))));
             }
         }
     }

@@ -8,9 +8,12 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use rusqlite::Connection;
 use serde::{Deserialize, Serialize};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 
 use crate::core::names::DbName;
 use crate::core::version::SiteId;
+use crate::fabric::StateDir;
 use crate::replica::adopt;
 use crate::replica::mark::{Mark, Position};
 use crate::replica::store::Store;
@@ -69,6 +72,13 @@ impl NodeState {
             Err(e) => return Err(e).context(format!("cannot read {}", format.display())),
         }
         let state = Self { dir: dir.to_owned(), _lock: lock };
+        if let Ok(text) = std::fs::read_to_string(state.left()) {
+            bail!(
+                "{}; to start it all the same, as a new member or alone, remove {} first",
+                text.trim(),
+                state.left().display()
+            );
+        }
         let spool = state.spool();
         // What is left there belongs to a process that is gone.
         if spool.exists() {
@@ -83,6 +93,36 @@ impl NodeState {
     /// The directory.
     pub fn dir(&self) -> &Path {
         &self.dir
+    }
+
+    /// Says that this node left its mesh: whatever starts it again by habit is not to bring it back.
+    fn left(&self) -> PathBuf {
+        self.dir.join("left")
+    }
+
+    /// Writes down that this node left its mesh.
+    pub fn note_left(&self, mesh_id: &str) -> Result<()> {
+        let now = OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default();
+        let text = format!("this node left the mesh {mesh_id} on {now}\n");
+        write_durably(&self.left(), text.as_bytes())
+    }
+
+    /// Removes what makes this node a member of its mesh, when its server has ended.
+    pub fn forget_mesh(&self) -> Result<()> {
+        let mesh = StateDir::new(&self.dir);
+        for path in mesh.of_the_mesh() {
+            let removed = match path.is_dir() {
+                true => std::fs::remove_dir_all(&path),
+                false => std::fs::remove_file(&path),
+            };
+            match removed {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(e).with_context(|| format!("cannot remove {}", path.display()));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// Where temporary files go.

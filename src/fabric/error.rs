@@ -73,6 +73,36 @@ pub enum FabricError {
         /// The node.
         node: NodeName,
     },
+    /// Something answers where the node that is to be removed was.
+    #[error(
+        "{node} does not seem to be gone: something answers at {address}; stop it first, or have it leave"
+    )]
+    StillReachable {
+        /// The node.
+        node: NodeName,
+        /// Where it listened.
+        address: Address,
+    },
+    /// The node that was to be removed never belonged, or was forgotten.
+    #[error("{node} is no member of this mesh: its members are {}", known(members))]
+    NoMember {
+        /// The node.
+        node: NodeName,
+        /// Those that are.
+        members: Vec<NodeName>,
+    },
+    /// This node cannot leave now.
+    #[error("this node does not leave: {reason}; nothing is lost, and it goes on as before")]
+    Leave {
+        /// What stands in the way.
+        reason: String,
+    },
+    /// The cluster was not rescued.
+    #[error("not rescued: {reason}")]
+    Rescue {
+        /// What stands in the way.
+        reason: String,
+    },
     /// The cluster did not remove a node.
     #[error("{node} is not removed: {reason}")]
     Remove {
@@ -153,4 +183,9 @@ pub enum FabricError {
         /// What the system said.
         source: io::Error,
     },
+}
+
+fn known(members: &[NodeName]) -> String {
+    let names: Vec<&str> = members.iter().map(NodeName::as_str).collect();
+    if names.is_empty() { "none but this node".to_owned() } else { names.join(", ") }
 }

@@ -1,6 +1,8 @@
 //! Nodes tell each other where they listen, so that each dials all by itself, after a restart too. Invariant: what is
 //! heard only ever adds addresses to dial; whoever answers there still has to prove that it holds the key.
 
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -23,17 +25,46 @@ const LAST_PAUSE: Duration = Duration::from_secs(30);
 #[derive(Debug, Serialize, Deserialize)]
 struct Hello {
     routes: Vec<Address>,
-    /// Nodes that were removed.
+    /// Nodes that left or were removed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     gone: Vec<NodeName>,
 }
 
+/// A node that was heard of this lately is there, whoever says that it is gone: it came again under its name.
+const HEARD_LATELY: Duration = Duration::from_secs(90);
+
 /// The members, shared between who learns of them and who asks.
-pub(super) struct Roster(Mutex<Members>);
+pub(super) struct Roster {
+    members: Mutex<Members>,
+    heard: Mutex<BTreeMap<NodeName, Instant>>,
+    leaving: AtomicBool,
+}
 
 impl Roster {
     pub(super) fn new(members: Members) -> Self {
-        Self(Mutex::new(members))
+        Self { members: Mutex::new(members), heard: Mutex::default(), leaving: AtomicBool::new(false) }
+    }
+
+    pub(super) fn gone(&self) -> Vec<NodeName> {
+        self.lock().gone().cloned().collect()
+    }
+
+    /// The addresses of a member.
+    pub(super) fn addresses(&self, node: &NodeName) -> Vec<Address> {
+        self.lock().addresses(node).to_vec()
+    }
+
+    fn note_heard(&self, node: &NodeName) {
+        self.heard().insert(node.clone(), Instant::now());
+    }
+
+    fn was_heard_lately(&self, node: &NodeName) -> bool {
+        self.heard().get(node).is_some_and(|at| at.elapsed() < HEARD_LATELY)
+    }
+
+    /// What was heard of a node that is removed says nothing of one that comes under its name.
+    fn unhear(&self, node: &NodeName) {
+        self.heard().remove(node);
     }
 
     pub(super) fn routes(&self, own: &[Address]) -> Vec<Address> {
@@ -55,7 +86,15 @@ impl Roster {
     }
 
     fn lock(&self) -> MutexGuard<'_, Members> {
-        self.0.lock().expect("nothing panics while it is held")
+        self.members.lock().expect("nothing panics while it is held")
+    }
+
+    fn heard(&self) -> MutexGuard<'_, BTreeMap<NodeName, Instant>> {
+        self.heard.lock().expect("nothing panics while it is held")
+    }
+
+    pub(super) fn set_leaving(&self, leaving: bool) {
+        self.leaving.store(leaving, Ordering::Relaxed);
     }
 }
 
@@ -76,7 +115,7 @@ impl Exchange {
         loop {
             tokio::select! {
                 () = sleep_until(next) => {
-                    self.say_hello(Vec::new()).await;
+                    self.say_hello().await;
                     next = Instant::now() + pause;
                     pause = (pause * 2).min(LAST_PAUSE);
                 }
@@ -93,17 +132,30 @@ impl Exchange {
 
     /// Forgets a node that was removed, and tells the others.
     pub(super) async fn forget(&self, node: &NodeName) {
+        self.roster.unhear(node);
         if let Some(members) = self.roster.update(|members| members.forget(node)) {
             self.keep(&members);
         }
-        self.say_hello(vec![node.clone()]).await;
+        self.say_hello().await;
     }
 
-    async fn say_hello(&self, gone: Vec<NodeName>) {
+    /// Tells the others that this node itself goes for good.
+    pub(super) async fn say_farewell(&self) {
+        self.say(Vec::new(), vec![self.identity.node.clone()]).await;
+    }
+
+    async fn say_hello(&self) {
+        if self.roster.leaving.load(Ordering::Relaxed) {
+            return;
+        }
+        self.say(self.identity.own.clone(), self.roster.gone()).await;
+    }
+
+    async fn say(&self, routes: Vec<Address>, gone: Vec<NodeName>) {
         if self.client.connection_state() != async_nats::connection::State::Connected {
             return;
         }
-        let hello = Hello { routes: self.identity.own.clone(), gone };
+        let hello = Hello { routes, gone };
         let text = serde_json::to_vec(&hello).expect("strings become JSON");
         // The next one comes soon.
         let _ = self.client.publish(subjects::hello(&self.identity.node), text.into()).await;
@@ -116,21 +168,32 @@ impl Exchange {
         if from == self.identity.node {
             return false;
         }
+        let leaves = hello.gone.contains(&from);
+        if leaves {
+            self.roster.unhear(&from);
+        } else {
+            self.roster.note_heard(&from);
+        }
+        let (mut comes, mut go) = (false, Vec::new());
         let news = self.roster.update(|members| {
-            let mut news = members.learn(&from, &hello.routes);
-            for node in &hello.gone {
-                news |= members.forget(node);
+            comes = !leaves && members.learn(&from, &hello.routes);
+            for node in hello.gone.iter().filter(|n| **n != self.identity.node) {
+                if !self.roster.was_heard_lately(node) && members.forget(node) {
+                    go.push(node);
+                }
             }
-            news
+            comes || !go.is_empty()
         });
         let Some(members) = news else { return false };
-        let addresses: Vec<_> = hello.routes.iter().map(ToString::to_string).collect();
-        info!(node = %from, addresses = addresses.join(","), "a member, and where it is found");
-        for gone in &hello.gone {
+        if comes {
+            let addresses: Vec<_> = hello.routes.iter().map(ToString::to_string).collect();
+            info!(node = %from, addresses = addresses.join(","), "a member, and where it is found");
+        }
+        for gone in go {
             info!(node = %gone, "is no member any more");
         }
         self.keep(&members);
-        true
+        comes
     }
 
     /// For the next start, and for the server that runs.

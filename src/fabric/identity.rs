@@ -13,6 +13,7 @@ use super::keyring::KeyRing;
 use super::keys::MeshKey;
 use super::members::Members;
 use super::options::{FabricOptions, StateDir};
+use super::preflight::{Peer, PreflightError};
 use super::server::Ports;
 use super::token::JoinToken;
 use super::{bootstrap, preflight};
@@ -121,13 +122,17 @@ impl Identity {
         Ok(true)
     }
 
-    /// Asks a member whether we are one.
-    pub(super) async fn is_accepted(&self, at: &[Address]) -> Result<(), preflight::PreflightError> {
+    /// Who is at one of these addresses, and whether we are a member to it.
+    pub(super) async fn look_at(&self, at: &[Address]) -> Result<Peer, PreflightError> {
+        if at.is_empty() {
+            let reason = "no address is known".to_owned();
+            return Err(PreflightError::NoSuchHost { address: self.own[0].clone(), reason });
+        }
         // A certificate of its own: the lock is not held while we wait.
         let certs = NodeCerts::mint(&self.ring(), self.node.as_str(), &hosts(&self.own));
-        let certs = certs
-            .map_err(|e| preflight::PreflightError::Tls { address: at[0].clone(), reason: e.to_string() })?;
-        preflight::any(at, &certs).await.map(drop)
+        let certs =
+            certs.map_err(|e| PreflightError::Tls { address: at[0].clone(), reason: e.to_string() })?;
+        preflight::any(at, &certs).await
     }
 
     /// The server's configuration.
@@ -188,7 +193,7 @@ async fn return_with(
             info!(peer = peer.name, "the mesh's key was changed: this node has the new one now");
             Ok(ring)
         }
-        Ok(_) | Err(preflight::PreflightError::OtherMesh { .. }) => Err(FabricError::BelongsElsewhere),
+        Ok(_) | Err(PreflightError::OtherMesh { .. }) => Err(FabricError::BelongsElsewhere),
         Err(reason) => Err(FabricError::OtherKey { reason }),
     }
 }

@@ -1,6 +1,7 @@
 //! This node's JetStream stream: the log of its own commits. Invariant: nothing ever waits for it; it is made when
 //! the cluster lets it, and what it takes is only counted.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -10,12 +11,15 @@ use serde_json::{Value, json};
 use tokio::time::{sleep, timeout};
 use tracing::{debug, info, warn};
 
-use super::conf::placement_tag;
-use super::subjects;
+use super::hello::Roster;
+use super::log_copies::{LogCopies, LogReplicas, Seen, Step, Wanted, at_home, next_step, place};
+use super::{monitor, subjects};
 use crate::core::names::NodeName;
 
-/// A stream of that name exists and is not configured so.
-const NAME_IN_USE: u64 = 10058;
+/// What the names of logs begin with.
+const PREFIX: &str = "LM_";
+/// There is no such stream.
+const NOT_FOUND: u64 = 10059;
 /// The least a server takes.
 const DUPLICATE_WINDOW_NS: u64 = 100_000_000;
 const FIRST_RETRY: Duration = Duration::from_millis(250);
@@ -28,6 +32,11 @@ const LOOK_AFTER: Duration = Duration::from_secs(300);
 const GLANCE: Duration = Duration::from_secs(1);
 const OVERDUE: Duration = Duration::from_secs(5);
 const PROBE_PATIENCE: Duration = Duration::from_secs(5);
+/// A log with copies elsewhere may wait for these.
+const OVERDUE_COPIED: Duration = Duration::from_secs(30);
+/// How often to look where the copies are, while they move and when they do not.
+const TEND: Duration = Duration::from_secs(1);
+const TEND_SETTLED: Duration = Duration::from_secs(10);
 /// With less there is no sense in a new stream.
 const ROOM_BYTES: u64 = 16 * 1024 * 1024;
 
@@ -41,11 +50,17 @@ pub struct LogLimits {
     pub max_bytes: u64,
     /// The longest it keeps a commit.
     pub max_age: Duration,
+    /// How many copies of it there are.
+    pub replicas: LogReplicas,
 }
 
 impl Default for LogLimits {
     fn default() -> Self {
-        Self { max_bytes: 1024 * 1024 * 1024, max_age: Duration::from_secs(72 * 3600) }
+        Self {
+            max_bytes: 1024 * 1024 * 1024,
+            max_age: Duration::from_secs(72 * 3600),
+            replicas: LogReplicas::Auto,
+        }
     }
 }
 
@@ -66,6 +81,12 @@ pub struct LogState {
     pub awaited: u64,
     /// Why it was last not made, or refused a message.
     pub last_error: Option<String>,
+    /// Where its copies are; empty until that is known.
+    pub copies: LogCopies,
+    /// How many logs this node's server leads, and of how many it has a copy.
+    pub leads: u64,
+    /// See above.
+    pub holds: u64,
 }
 
 impl LogState {
@@ -86,9 +107,19 @@ pub(super) struct LogCounters {
     awaited: AtomicU64,
     answered: AtomicU64,
     last_error: Mutex<Option<String>>,
+    /// The node leaves: the stream is not made.
+    unwanted: AtomicBool,
+    copies: Mutex<LogCopies>,
+    leads: AtomicU64,
+    holds: AtomicU64,
 }
 
 impl LogCounters {
+    pub(super) fn set_unwanted(&self, unwanted: bool) {
+        self.unwanted.store(unwanted, Ordering::Relaxed);
+        self.exists.store(false, Ordering::Relaxed);
+    }
+
     /// Where the answer to a message that is sent now is to go, below the subject for answers.
     pub(super) fn answer_token(&self) -> String {
         if !self.exists.load(Ordering::Relaxed) {
@@ -134,62 +165,161 @@ impl LogCounters {
                 .load(Ordering::Relaxed)
                 .saturating_sub(self.answered.load(Ordering::Relaxed)),
             last_error: self.last_error.lock().expect("nothing panics while it is held").clone(),
+            copies: self.copies.lock().expect("nothing panics while it is held").clone(),
+            leads: self.leads.load(Ordering::Relaxed),
+            holds: self.holds.load(Ordering::Relaxed),
         }
     }
 }
 
-/// Makes the stream, tries until it succeeds, and looks after it from then on. Ends when it is aborted.
-pub(super) async fn keep(
-    client: async_nats::Client,
-    node: NodeName,
-    limits: LogLimits,
-    state_dir: PathBuf,
-    counters: Arc<LogCounters>,
-) {
-    let mut delay = FIRST_RETRY;
-    loop {
-        match ensure(&client, &node, limits).await {
-            Ok(()) => {
-                if !counters.exists.swap(true, Ordering::Relaxed) {
-                    info!(%node, "the log's stream is there");
+/// Makes the stream, tries until it succeeds, and looks after it from then on.
+pub(super) struct Keeper {
+    pub(super) client: async_nats::Client,
+    pub(super) node: NodeName,
+    pub(super) limits: LogLimits,
+    pub(super) state_dir: PathBuf,
+    pub(super) counters: Arc<LogCounters>,
+    pub(super) roster: Arc<Roster>,
+    /// Where our own server tells what it holds.
+    pub(super) monitor: SocketAddr,
+}
+
+impl Keeper {
+    /// Ends when it is aborted.
+    pub(super) async fn run(self) {
+        let Self { node, counters, .. } = &self;
+        let mut delay = FIRST_RETRY;
+        loop {
+            if counters.unwanted.load(Ordering::Relaxed) {
+                sleep(GLANCE).await;
+                continue;
+            }
+            match self.ensure().await {
+                Ok(()) => {
+                    if !counters.exists.swap(true, Ordering::Relaxed) {
+                        info!(%node, "the log's stream is there");
+                    }
+                    delay = FIRST_RETRY;
+                    self.watch().await;
                 }
-                delay = FIRST_RETRY;
-                watch(&client, &node, &state_dir, &counters).await;
-            }
-            Err(reason) => {
-                debug!(%node, reason, "the log's stream is not there yet");
-                counters.failed(reason);
-                sleep(delay).await;
-                delay = (delay * 2).min(LAST_RETRY);
+                Err(reason) => {
+                    debug!(%node, reason, "the log's stream is not there yet");
+                    counters.failed(reason);
+                    sleep(delay).await;
+                    delay = (delay * 2).min(LAST_RETRY);
+                }
             }
         }
+    }
+
+    /// Watches whether the stream answers and where its copies are, and removes it if it cannot write any more, until it is
+    /// time to look after it. A server whose disk was full never writes to the stream again; a new one it does write to.
+    /// What the old one held peers find in the rows, as they would have to for what it missed.
+    async fn watch(&self) {
+        let Self { node, counters, .. } = self;
+        let began = Instant::now();
+        let (mut awaited, mut since) = (counters.awaited.load(Ordering::Relaxed), Instant::now());
+        let (mut tend_at, mut members) = (Instant::now(), Vec::new());
+        while began.elapsed() < LOOK_AFTER && !counters.unwanted.load(Ordering::Relaxed) {
+            sleep(GLANCE).await;
+            let known = self.roster.names();
+            if Instant::now() >= tend_at || known != members {
+                let settled = self.tend(&known).await;
+                tend_at = Instant::now() + if settled { TEND_SETTLED } else { TEND };
+                members = known;
+            }
+            let sent = counters.awaited.load(Ordering::Relaxed);
+            let is_copied = counters.copies.lock().expect("nothing panics while it is held").copies.len() > 1;
+            let overdue = if is_copied { OVERDUE_COPIED } else { OVERDUE };
+            if counters.answered.load(Ordering::Relaxed) >= awaited {
+                (awaited, since) = (sent, Instant::now());
+            } else if since.elapsed() >= overdue {
+                since = Instant::now();
+                if takes_messages(&self.client, node).await {
+                    // It answers in order: what it did not answer to was lost on the way, or not written.
+                    counters.answered.fetch_max(sent, Ordering::Relaxed);
+                } else if has_room(&self.state_dir) && remove(&self.client, node).await {
+                    warn!(%node, "the log's stream could not be written any more: it is made anew");
+                    counters.exists.store(false, Ordering::Relaxed);
+                    counters.answered.fetch_max(sent, Ordering::Relaxed);
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Takes one step towards where the copies should be; whether they are there.
+    async fn tend(&self, members: &[NodeName]) -> bool {
+        let Self { node, counters, .. } = self;
+        if let Ok(hosted) = monitor::hosted(self.monitor).await {
+            let logs: Vec<_> = hosted.iter().filter(|s| s.name.starts_with(PREFIX)).collect();
+            let led = logs.iter().filter(|s| s.leader.as_deref() == Some(node.as_str())).count();
+            counters.leads.store(led as u64, Ordering::Relaxed);
+            counters.holds.store(logs.len() as u64, Ordering::Relaxed);
+        }
+        let Ok(Some(seen)) = self.look().await else { return false };
+        let wanted = Wanted::of(node, members, self.limits.replicas);
+        let step = next_step(node, &wanted, &seen);
+        let told = LogCopies::describe(&wanted, &seen, &step);
+        let before = std::mem::replace(
+            &mut *counters.copies.lock().expect("nothing panics while it is held"),
+            told.clone(),
+        );
+        if before.moving && !told.moving {
+            info!(%node, copies = told.copies.join(", "), "the log's copies are where they should be");
+        }
+        let done = match &step {
+            Step::Settled => return true,
+            Step::Wait => Ok(()),
+            Step::Update(replicas, tags) => self.update(*replicas, tags).await,
+            Step::Lead => {
+                let request = json!({ "placement": { "preferred": node.as_str() } });
+                self.ask("STREAM.LEADER.STEPDOWN", &request).await.and_then(refused)
+            }
+        };
+        debug!(%node, ?step, ?done, "the log's copies");
+        if let Err(why) = done {
+            counters.failed(why);
+        }
+        false
+    }
+
+    async fn ask(&self, verb: &str, request: &Value) -> Result<async_nats::Message, String> {
+        let subject = format!("$JS.API.{verb}.{}", stream_name(&self.node));
+        match timeout(ANSWER_PATIENCE, self.client.request(subject, request.to_string().into())).await {
+            Ok(answer) => answer.map_err(|e| e.to_string()),
+            Err(_) => Err("nobody answers: the cluster has no leader".to_owned()),
+        }
+    }
+
+    /// The stream as it is; `None` if there is none.
+    async fn look(&self) -> Result<Option<Seen>, String> {
+        let answer = self.ask("STREAM.INFO", &json!({})).await?;
+        match error_of(&answer) {
+            Some((NOT_FOUND, _)) => Ok(None),
+            Some((_, reason)) => Err(reason),
+            None => Ok(Some(Seen::read(&serde_json::from_slice(&answer.payload).unwrap_or_default()))),
+        }
+    }
+
+    async fn update(&self, replicas: usize, tags: &[String]) -> Result<(), String> {
+        let mut config = stream_config(&self.node, self.limits);
+        place(&mut config, replicas, tags);
+        refused(self.ask("STREAM.UPDATE", &config).await?)
+    }
+
+    async fn ensure(&self) -> Result<(), String> {
+        if let Some(seen) = self.look().await? {
+            return self.update(seen.replicas, &seen.tags).await;
+        }
+        let mut config = stream_config(&self.node, self.limits);
+        place(&mut config, 1, &at_home(&self.node));
+        refused(self.ask("STREAM.CREATE", &config).await?)
     }
 }
 
-/// Watches whether the stream answers, and removes it if it cannot write any more, until it is time to look after it. A
-/// server whose disk was full never writes to the stream again; a new one it does write to. What the old one held
-/// peers find in the rows, as they would have to for what it missed.
-async fn watch(client: &async_nats::Client, node: &NodeName, state_dir: &Path, counters: &LogCounters) {
-    let began = Instant::now();
-    let (mut awaited, mut since) = (counters.awaited.load(Ordering::Relaxed), Instant::now());
-    while began.elapsed() < LOOK_AFTER {
-        sleep(GLANCE).await;
-        let sent = counters.awaited.load(Ordering::Relaxed);
-        if counters.answered.load(Ordering::Relaxed) >= awaited {
-            (awaited, since) = (sent, Instant::now());
-        } else if since.elapsed() >= OVERDUE {
-            since = Instant::now();
-            if takes_messages(client, node).await {
-                // It answers in order: what it did not answer to was lost on the way, or not written.
-                counters.answered.fetch_max(sent, Ordering::Relaxed);
-            } else if has_room(state_dir) && remove(client, node).await {
-                warn!(%node, "the log's stream could not be written any more: it is made anew");
-                counters.exists.store(false, Ordering::Relaxed);
-                counters.answered.fetch_max(sent, Ordering::Relaxed);
-                return;
-            }
-        }
-    }
+fn refused(answer: async_nats::Message) -> Result<(), String> {
+    error_of(&answer).map_or(Ok(()), |(_, reason)| Err(reason))
 }
 
 /// Whether the stream stores a message; one that is nobody's.
@@ -209,7 +339,7 @@ fn has_room(state_dir: &Path) -> bool {
 
 /// The name of a node's stream.
 pub fn stream_name(node: &NodeName) -> String {
-    format!("LM_{node}")
+    format!("{PREFIX}{node}")
 }
 
 fn stream_config(node: &NodeName, limits: LogLimits) -> Value {
@@ -220,7 +350,6 @@ fn stream_config(node: &NodeName, limits: LogLimits) -> Value {
         "storage": "file",
         "discard": "old",
         "compression": "s2",
-        "num_replicas": 1,
         "max_bytes": limits.max_bytes,
         "max_age": u64::try_from(limits.max_age.as_nanos()).unwrap_or(u64::MAX),
         // Nothing carries a message id; but a server that starts reads all that is younger than this.
@@ -230,29 +359,7 @@ fn stream_config(node: &NodeName, limits: LogLimits) -> Value {
         "allow_direct": true,
         // A mirror elsewhere must not answer for what is at its origin.
         "mirror_direct": false,
-        "placement": { "tags": [placement_tag(node.as_str())] },
     })
-}
-
-async fn ensure(client: &async_nats::Client, node: &NodeName, limits: LogLimits) -> Result<(), String> {
-    let name = stream_name(node);
-    let config = stream_config(node, limits).to_string();
-    let ask = async |verb: &str| {
-        let request = client.request(format!("$JS.API.STREAM.{verb}.{name}"), config.clone().into());
-        match timeout(ANSWER_PATIENCE, request).await {
-            Ok(answer) => answer.map_err(|e| e.to_string()),
-            Err(_) => Err("nobody answers: the cluster has no leader".to_owned()),
-        }
-    };
-    let created = ask("CREATE").await?;
-    match error_of(&created) {
-        None => Ok(()),
-        Some((NAME_IN_USE, _)) => {
-            let updated = ask("UPDATE").await?;
-            error_of(&updated).map_or(Ok(()), |(_, reason)| Err(reason))
-        }
-        Some((_, reason)) => Err(reason),
-    }
 }
 
 /// The error in an answer of JetStream: its code and text.

@@ -1,7 +1,7 @@
 //! Which nodes belong and where they listen. Invariant: what was learned once survives a restart, so that a restart
 //! needs no token.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -12,6 +12,8 @@ use crate::core::names::NodeName;
 
 /// A node of many addresses is a fault or an attack on our memory.
 const MAX_ADDRESSES: usize = 8;
+/// How many nodes that left are remembered.
+const MAX_GONE: usize = 256;
 
 /// Why the members are not known.
 #[derive(Debug, thiserror::Error)]
@@ -36,6 +38,9 @@ pub struct Members {
     /// Where the other nodes say they listen.
     #[serde(default)]
     nodes: BTreeMap<NodeName, Vec<Address>>,
+    /// Nodes that left or were removed. Told to the others until one of the name comes again: who was away has to hear it.
+    #[serde(default)]
+    gone: BTreeSet<NodeName>,
 }
 
 impl Members {
@@ -55,25 +60,38 @@ impl Members {
 
     /// Those of a node that joins with a token.
     pub fn from_seeds(seeds: Vec<Address>) -> Self {
-        Self { seeds, nodes: BTreeMap::new() }
+        Self { seeds, ..Self::default() }
     }
 
     /// Takes in what a node says of itself; whether that changed anything.
     pub fn learn(&mut self, node: &NodeName, addresses: &[Address]) -> bool {
         let mut addresses = addresses.to_vec();
         addresses.truncate(MAX_ADDRESSES);
+        let is_back = self.gone.remove(node);
         if self.nodes.get(node) == Some(&addresses) {
-            return false;
+            return is_back;
         }
         self.nodes.insert(node.clone(), addresses);
         true
     }
 
-    /// Forgets a node that left; whether it was known. The seeds that were its addresses go with it.
+    /// Forgets a node that left; whether that was news. The seeds that were its addresses go with it.
     pub fn forget(&mut self, node: &NodeName) -> bool {
-        let Some(addresses) = self.nodes.remove(node) else { return false };
+        // Names come from peers: a list without an end is a fault or an attack on our memory.
+        let is_news = self.gone.len() < MAX_GONE && self.gone.insert(node.clone());
+        let Some(addresses) = self.nodes.remove(node) else { return is_news };
         self.seeds.retain(|seed| !addresses.contains(seed));
         true
+    }
+
+    /// Where a node listens; none if it is not known.
+    pub fn addresses(&self, node: &NodeName) -> &[Address] {
+        self.nodes.get(node).map_or(&[], Vec::as_slice)
+    }
+
+    /// The nodes that left or were removed.
+    pub fn gone(&self) -> impl Iterator<Item = &NodeName> {
+        self.gone.iter()
     }
 
     /// Whom to dial, each once, without `own`.
@@ -115,6 +133,9 @@ mod tests {
         assert_eq!(Members::load(&path).expect("readable"), Some(members.clone()));
         assert!(members.forget(&b) && !members.forget(&b));
         assert_eq!(members.routes(&[]), [address("h:2")]);
+        assert_eq!(members.gone().collect::<Vec<_>>(), [&b]);
+        assert!(members.learn(&b, &[address("b:3")]), "it is back");
+        assert_eq!(members.gone().count(), 0);
         std::fs::write(&path, "[").expect("writable");
         assert!(matches!(Members::load(&path), Err(MembersError::Damaged { .. })));
     }

@@ -52,6 +52,41 @@ pub async fn meta_group(monitor: SocketAddr) -> io::Result<MetaGroup> {
     })
 }
 
+/// A stream of which a server holds a copy.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Hosted {
+    /// The account it belongs to.
+    pub account: String,
+    /// Its name.
+    pub name: String,
+    /// The server that leads it, as far as is known.
+    pub leader: Option<String>,
+    /// The other servers that hold a copy.
+    pub others: Vec<String>,
+    /// The tags of servers that it is bound to.
+    pub tags: Vec<String>,
+}
+
+/// The streams of which the server holds a copy.
+pub async fn hosted(monitor: SocketAddr) -> io::Result<Vec<Hosted>> {
+    let answer = get(monitor, "/jsz?accounts=true&streams=true&config=true").await?;
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let mut found = Vec::new();
+    for account in list(&answer["account_details"]) {
+        for stream in list(&account["stream_detail"]) {
+            let cluster = &stream["cluster"];
+            found.push(Hosted {
+                account: text(&account["name"]),
+                name: text(&stream["name"]),
+                leader: cluster["leader"].as_str().filter(|l| !l.is_empty()).map(str::to_owned),
+                others: list(&cluster["replicas"]).map(|r| text(&r["name"])).collect(),
+                tags: list(&stream["config"]["placement"]["tags"]).map(text).collect(),
+            });
+        }
+    }
+    Ok(found)
+}
+
 /// The names of the servers that are connected by route, each once.
 pub async fn route_names(monitor: SocketAddr) -> io::Result<Vec<String>> {
     let answer = get(monitor, "/routez").await?;

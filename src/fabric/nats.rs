@@ -22,7 +22,7 @@ use super::hello::{Exchange, Roster};
 use super::identity::Identity;
 use super::link::{Incoming, LogRequest, Outgoing};
 use super::log_read;
-use super::log_stream::{self, LogCounters, LogState};
+use super::log_stream::{Keeper, LogCounters, LogState};
 use super::options::FabricOptions;
 use super::rotation::{Rotation, Told};
 use super::server::{AS_EXPECTED, Server, ServerSetup};
@@ -60,6 +60,10 @@ pub struct ServerInfo {
     pub routes: Vec<String>,
     /// Where the host's own programs connect.
     pub client_url: String,
+    /// The node whose server leads the cluster, if it can decide anything, and how many servers decide.
+    pub leader: Option<String>,
+    /// See above.
+    pub servers: u64,
     /// This node's log.
     pub log: LogState,
     /// Commits that were not taken in time and left to repair.
@@ -173,9 +177,16 @@ impl Fabric {
                 log.answered(&message);
             }
         });
-        let (client, node, log) = (self.client.clone(), self.identity.node.clone(), self.log.clone());
-        let state_dir = self.identity.state.path().to_owned();
-        self.tasks.spawn(log_stream::keep(client, node, options.log, state_dir, log));
+        let keeper = Keeper {
+            client: self.client.clone(),
+            node: self.identity.node.clone(),
+            limits: options.log,
+            state_dir: self.identity.state.path().to_owned(),
+            counters: self.log.clone(),
+            roster: self.roster.clone(),
+            monitor: self.identity.ports.monitor,
+        };
+        self.tasks.spawn(keeper.run());
         self.tasks.spawn(self.exchange().run(hellos));
         self.tasks.spawn(self.rotation().run(keys_said, keys_handed));
         self.tasks.spawn(self.answers.clone().hear(answers));
@@ -300,11 +311,89 @@ impl Fabric {
         self.roster.names()
     }
 
+    /// The nodes that left or were removed, and did not come again.
+    pub fn gone(&self) -> Vec<NodeName> {
+        self.roster.gone()
+    }
+
     /// Takes a node out of the mesh that is stopped and will not come back, on all nodes. Should it come back all the
     /// same, it is a member again.
     pub async fn remove_member(&self, node: &NodeName) -> Result<(), FabricError> {
-        departure::remove(&self.identity, node).await?;
+        let members = self.members();
+        if !members.contains(node) && *node != self.identity.node {
+            return Err(FabricError::NoMember { node: node.clone(), members });
+        }
+        departure::remove(&self.identity, node, &self.roster.addresses(node)).await?;
         self.exchange().forget(node).await;
+        Ok(())
+    }
+
+    /// Streams of the host's programs of which nobody answers now.
+    pub async fn unanswered_streams(&self) -> Result<Vec<String>, FabricError> {
+        departure::unanswered_streams(&self.identity).await
+    }
+
+    /// Streams that are bound to this node by a tag, other than its log.
+    pub async fn bound_streams(&self) -> Result<Vec<String>, FabricError> {
+        departure::bound_streams(&self.identity).await
+    }
+
+    /// An error says why this node cannot leave now.
+    pub async fn may_leave(&self) -> Result<(), FabricError> {
+        departure::may_leave(&self.identity).await
+    }
+
+    /// Gives the streams on this node to others. It stays a member.
+    pub async fn evacuate(&self, patience: Duration) -> Result<(), FabricError> {
+        // It would be brought back to where it should be.
+        self.log.set_unwanted(true);
+        departure::evacuate(&self.identity, patience).await.inspect_err(|_| self.log.set_unwanted(false))
+    }
+
+    /// After [`Fabric::evacuate`]: the node does not leave after all.
+    pub fn stay(&self) {
+        self.set_leaving(false);
+    }
+
+    /// Takes this node out of the mesh. Afterwards it has to be shut down, at once.
+    pub async fn leave(&self) -> Result<(), FabricError> {
+        self.set_leaving(true);
+        if let Err(e) = departure::leave(&self.identity).await {
+            self.set_leaving(false);
+            return Err(e);
+        }
+        self.exchange().say_farewell().await;
+        // It is on its way to the peers when our own server has read it.
+        self.flush().await
+    }
+
+    /// A node that leaves does not say that it is there, and does not make its log anew.
+    fn set_leaving(&self, leaving: bool) {
+        self.roster.set_leaving(leaving);
+        self.log.set_unwanted(leaving);
+    }
+
+    /// Whether the cluster can decide anything at all: more than half of its servers are connected.
+    pub async fn can_decide(&self) -> bool {
+        departure::has_leader(&self.identity).await
+    }
+
+    /// The members whose servers are not connected to ours.
+    pub async fn absent(&self) -> Result<Vec<NodeName>, FabricError> {
+        let failed = |source| FabricError::System { what: "our own nats-server does not answer", source };
+        let connected = monitor::route_names(self.identity.ports.monitor).await.map_err(failed)?;
+        let is_absent = |node: &NodeName| !connected.iter().any(|name| name == node.as_str());
+        Ok(self.members().into_iter().filter(is_absent).collect())
+    }
+
+    /// Has the cluster go on without the members that are gone, though they were too many for it to decide that.
+    pub async fn rescue(&self, gone: &[NodeName]) -> Result<(), FabricError> {
+        let with_addresses = |node: &NodeName| (node.clone(), self.roster.addresses(node));
+        let gone: Vec<_> = gone.iter().map(with_addresses).collect();
+        departure::rescue(&self.identity, &gone).await?;
+        for (node, _) in &gone {
+            self.exchange().forget(node).await;
+        }
         Ok(())
     }
 
@@ -313,7 +402,10 @@ impl Fabric {
         let address = self.identity.ports.monitor;
         let routes = monitor::route_names(address).await.unwrap_or_default();
         let healthy = monitor::is_healthy(address).await;
+        let group = monitor::meta_group(address).await.unwrap_or_default();
         ServerInfo {
+            leader: group.leader,
+            servers: group.size,
             pid: self.server.pid(),
             restarts: self.server.restarts(),
             healthy,

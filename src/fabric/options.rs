@@ -125,6 +125,12 @@ impl StateDir {
         self.tls().join(CA_FILE)
     }
 
+    /// All that makes this node a member of its mesh, the secret first.
+    pub fn of_the_mesh(&self) -> [PathBuf; 7] {
+        let founded = self.0.join("founded");
+        [self.key(), self.tls(), self.accounts(), self.members(), self.conf(), self.store(), founded]
+    }
+
     pub(super) fn tls(&self) -> PathBuf {
         self.0.join("tls")
     }

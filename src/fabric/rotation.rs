@@ -203,7 +203,7 @@ impl Rotation {
             *told = false;
             return false;
         }
-        if let Err(PreflightError::OtherMesh { address }) = self.identity.is_accepted(&routes).await
+        if let Err(PreflightError::OtherMesh { address }) = self.identity.look_at(&routes).await
             && !std::mem::replace(told, true)
         {
             warn!(

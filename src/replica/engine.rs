@@ -422,6 +422,9 @@ impl Engine {
 
     /// Applies everything whose turn has come, absorbs, and asks for what is missing.
     pub fn settle(&mut self, now_ms: u64) -> Result<()> {
+        if self.store.closed {
+            return Ok(());
+        }
         loop {
             let mut batch = self.ready(now_ms);
             if batch.is_empty() {

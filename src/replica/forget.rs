@@ -3,7 +3,7 @@
 //! this file, by vector and never by time, and a row that is not here and was born below it was deleted: it is dropped.
 //! So who the members are decides only how soon something is forgotten, never whether that is sound.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use rusqlite::Connection;
 use serde::{Deserialize, Serialize};
@@ -99,6 +99,8 @@ pub(super) struct Members {
     walked: Option<Vector>,
     collected_rows: u64,
     behind: Option<(NodeName, u64)>,
+    /// Nodes that left the mesh for good and were not heard since.
+    gone: BTreeSet<NodeName>,
 }
 
 impl Members {
@@ -174,8 +176,17 @@ impl Engine {
         *since_ms = now_ms;
     }
 
+    /// A node left the mesh for good: nobody waits for it any more.
+    pub fn forget_member(&mut self, node: &NodeName) {
+        self.members.known.remove(node);
+        self.members.gone.insert(node.clone());
+        self.store_mut().joining.remove(node);
+        self.peers.remove(node);
+    }
+
     pub(super) fn hear_member(&mut self, from: &NodeName, holding: &Holding, now_ms: u64) {
         self.store_mut().joining.remove(from);
+        self.members.gone.remove(from);
         for (node, vector) in &holding.joining {
             if self.members.rule.me.as_ref() != Some(node) && !self.members.known.contains_key(node) {
                 let member = Member { vector: vector.clone(), heard_ms: now_ms };
@@ -205,7 +216,9 @@ impl Engine {
             self.members.saved = self.store().load_members()?;
             for (node, mut member) in self.members.saved.clone() {
                 member.heard_ms = member.heard_ms.min(now_ms);
-                self.members.known.entry(node).or_insert(member);
+                if !self.members.gone.contains(&node) {
+                    self.members.known.entry(node).or_insert(member);
+                }
             }
         }
         let every_ms = LOOK_MS.min(self.members.rule.age_ms / 4);

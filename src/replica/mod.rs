@@ -10,6 +10,7 @@ pub mod body;
 pub mod changes;
 pub mod children;
 pub mod clock;
+pub mod closing;
 pub mod compare;
 pub mod conflict;
 pub mod copy;

@@ -68,6 +68,8 @@ pub struct Store {
     pub(super) replaced: Option<String>,
     /// Nodes that got a copy and were not heard since.
     pub(super) joining: Joining,
+    /// Nothing is captured any more: the node leaves the mesh.
+    pub(super) closed: bool,
 }
 
 /// Whether a table of this name is replicated.
@@ -135,6 +137,7 @@ impl Store {
             identity,
             replaced: None,
             joining: Joining::new(),
+            closed: false,
         };
         store.write(Self::refresh_schema)?;
         Ok(store)
@@ -173,7 +176,8 @@ impl Store {
 
     /// Whether there is anything to absorb: a log, or a schema that may hold new tables.
     pub fn has_news(&self) -> Result<bool> {
-        Ok(self.schema_numbers()? != (self.schema_version, self.user_version) || self.has_log()?)
+        Ok(!self.closed
+            && (self.schema_numbers()? != (self.schema_version, self.user_version) || self.has_log()?))
     }
 
     /// SQLite's schema version, which every change of the schema moves, and the application's user version.
@@ -210,7 +214,7 @@ impl Store {
 
     /// Reads the schema again if the application changed it; puts back what of ours is missing. Within a transaction.
     pub(super) fn refresh_schema(&mut self) -> Result<()> {
-        if self.schema_numbers()? == (self.schema_version, self.user_version) {
+        if self.closed || self.schema_numbers()? == (self.schema_version, self.user_version) {
             return Ok(());
         }
         adopt::refresh(self, Cause::Application)?;

@@ -380,7 +380,7 @@ impl Store {
     /// Puts back triggers that were taken away in a way that leaves the schema's version as it was
     /// (`writable_schema`): what the application wrote meanwhile is not taken for its will, but found by comparing.
     pub fn put_back_triggers(&mut self) -> Result<Option<OwnCommit>> {
-        if self.robbed()?.is_empty() {
+        if self.closed || self.robbed()?.is_empty() {
             return Ok(None);
         }
         // The connection goes by the version, and still believes them to be there.

@@ -92,6 +92,13 @@ fn fabric(w: &mut Writer<'_>, s: &Status) {
     w.single("log_acked_commits_total", Type::Counter, help, f.log_acked as f64);
     let help = "Commits published that the log has not acknowledged yet.";
     w.single("log_unacked_commits", Type::Gauge, help, f.log_unacked as f64);
+    let help = "1 if the cluster has a leader and can decide.";
+    w.single("fabric_leader_known", Type::Gauge, help, flag(f.leader.is_some()));
+    w.single("fabric_servers", Type::Gauge, "Servers that decide, those away included.", f.servers as f64);
+    w.single("log_copies", Type::Gauge, "Nodes with a copy of this node's log.", f.log.copies.len() as f64);
+    w.single("log_moving", Type::Gauge, "1 while copies of this node's log move.", flag(f.log.moving));
+    w.single("logs_led", Type::Gauge, "Nodes' logs that this node's server leads.", f.logs_led as f64);
+    w.single("logs_held", Type::Gauge, "Nodes' logs of which it has a copy.", f.logs_held as f64);
     let help = "Messages of peers that could not be read.";
     w.single("messages_refused_total", Type::Counter, help, f.messages_refused as f64);
 }

@@ -65,6 +65,36 @@ pub struct FabricStatus {
     /// Messages of peers that could not be read.
     #[serde(default)]
     pub messages_refused: u64,
+    /// The node whose server leads the cluster; absent while it can decide nothing, such as to make a stream.
+    #[serde(default)]
+    pub leader: Option<String>,
+    /// How many servers decide, those that are away included.
+    #[serde(default)]
+    pub servers: u64,
+    /// This node's log.
+    #[serde(default)]
+    pub log: LogStatus,
+    /// How many nodes' logs this node's server leads, and of how many it has a copy.
+    #[serde(default)]
+    pub logs_led: u64,
+    /// See above.
+    #[serde(default)]
+    pub logs_held: u64,
+}
+
+/// Where the copies of a node's log are.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct LogStatus {
+    /// The node that leads it; absent while nobody does.
+    pub leader: Option<String>,
+    /// The nodes that have a copy.
+    pub copies: Vec<String>,
+    /// Those of them whose copy is not whole yet.
+    pub behind: Vec<String>,
+    /// The nodes that are to have one.
+    pub wanted: Vec<String>,
+    /// Whether copies are on their way.
+    pub moving: bool,
 }
 
 /// Another node.
@@ -328,6 +358,17 @@ pub(super) fn example() -> Status {
             log_acked: 1200,
             log_unacked: 4,
             messages_refused: 0,
+            leader: Some("n2".into()),
+            servers: 2,
+            log: LogStatus {
+                leader: Some("n1".into()),
+                copies: vec!["n1".into(), "n2".into(), "n3".into()],
+                behind: vec!["n3".into()],
+                wanted: vec!["n1".into(), "n2".into(), "n3".into()],
+                moving: true,
+            },
+            logs_led: 1,
+            logs_held: 2,
         },
         peers: vec![
             PeerStatus {

@@ -38,6 +38,9 @@ fn summary(status: &Status, width: u16) -> String {
         }),
     }
     lines.add_row(["fabric".to_owned(), clean(&fabric(&status.fabric))]);
+    if !status.fabric.log.copies.is_empty() {
+        lines.add_row(["log".to_owned(), clean(&log(&status.fabric))]);
+    }
     for warning in &status.warnings {
         lines.add_row(["warning".to_owned(), clean(warning)]);
     }
@@ -61,6 +64,20 @@ fn fabric(f: &FabricStatus) -> String {
         n => format!("; {n} commits not in the log yet"),
     };
     format!("nats-server {} at {}, routes: {routes}{restarts}{log}", f.server_version, f.client_url)
+}
+
+fn log(f: &FabricStatus) -> String {
+    let l = &f.log;
+    let leader = l.leader.as_ref().map_or("led by nobody now".to_owned(), |n| format!("led by {n}"));
+    let moving = match (l.moving, l.behind.is_empty()) {
+        (false, _) => String::new(),
+        (true, true) => format!("; moves to {}", l.wanted.join(", ")),
+        (true, false) => {
+            format!("; moves to {}, being copied to {}", l.wanted.join(", "), l.behind.join(", "))
+        }
+    };
+    let all = format!("; this server leads {} of {} logs that it holds", f.logs_led, f.logs_held);
+    format!("on {}, {leader}{moving}{all}", l.copies.join(", "))
 }
 
 fn peers(peers: &[PeerStatus], width: u16) -> String {

@@ -8,6 +8,7 @@ mod conflicts;
 mod detach;
 mod http;
 mod intruder;
+mod members;
 mod refusal;
 mod refused_files;
 mod refused_joins;

@@ -8,6 +8,7 @@ mod cdc;
 mod crash;
 mod full;
 mod join;
+mod life;
 mod poison;
 mod power;
 mod rebuild;

@@ -1,6 +1,8 @@
 //! The fabric over real nats-servers on loopback.
 
+mod copies;
 mod joining;
+mod leaving;
 mod logs;
 mod messages;
 mod rotation;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use litemesh::core::names::NodeName;
-use litemesh::fabric::accounts::{Accounts, MESH_USER};
+use litemesh::fabric::accounts::{APP_USER, Accounts, MESH_USER, Password};
 use litemesh::fabric::link::{Incoming, Outgoing};
 use litemesh::fabric::{Fabric, FabricError, FabricOptions, JoinToken, StateDir};
 use rustix::process::{Pid, test_kill_process};
@@ -78,11 +78,18 @@ impl Site {
 
     /// A connection as our own account, to look behind the scenes.
     pub async fn look_inside(&self) -> async_nats::Client {
+        self.log_in(MESH_USER, |accounts| accounts.mesh).await
+    }
+
+    /// A connection as a program of the host.
+    pub async fn app(&self) -> async_nats::Client {
+        self.log_in(APP_USER, |accounts| accounts.app).await
+    }
+
+    async fn log_in(&self, user: &str, password: impl Fn(Accounts) -> Password) -> async_nats::Client {
         let accounts = Accounts::load_or_create(&self.state().accounts()).expect("readable");
-        let options = async_nats::ConnectOptions::with_user_and_password(
-            MESH_USER.to_owned(),
-            accounts.mesh.reveal().to_owned(),
-        );
+        let password = password(accounts).reveal().to_owned();
+        let options = async_nats::ConnectOptions::with_user_and_password(user.to_owned(), password);
         options.connect(format!("nats://{}", self.client)).await.expect("connects")
     }
 }

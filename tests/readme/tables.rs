@@ -115,6 +115,7 @@ fn the_options_of_up_have_their_variable_key_and_default() {
             "absent_age" => valid::DEFAULT_ABSENT_AGE,
             "log_max_bytes" => valid::DEFAULT_LOG_MAX_BYTES,
             "log_max_age" => valid::DEFAULT_LOG_MAX_AGE,
+            "log_replicas" => valid::DEFAULT_LOG_REPLICAS,
             _ => continue,
         };
         assert_eq!(plain(&row[3]), default, "the default of {key}");
@@ -261,6 +262,7 @@ fn the_example_configuration_is_accepted_as_it_is_and_with_each_example() {
             "absent_age" => assert_eq!(default, valid::DEFAULT_ABSENT_AGE),
             "log_max_bytes" => assert_eq!(default, valid::DEFAULT_LOG_MAX_BYTES),
             "log_max_age" => assert_eq!(default, valid::DEFAULT_LOG_MAX_AGE),
+            "log_replicas" => assert_eq!(default, valid::DEFAULT_LOG_REPLICAS),
             "log" => assert_eq!((default, config.log.as_str()), (valid::DEFAULT_LOG, valid::DEFAULT_LOG)),
             _ => {}
         }
