@@ -68,6 +68,17 @@ impl<'a> Sys<'a> {
     /// Refuses a removal that would not come to its end: those that stay have to agree to it, and what was once asked of
     /// the cluster is done when they are back, whatever was said meanwhile.
     async fn expect_majority_without(&self, node: &NodeName) -> Result<(), String> {
+        let until = Instant::now() + ANSWER_PATIENCE;
+        loop {
+            // Who was removed just now may be counted here for a moment longer.
+            match self.majority_without(node).await {
+                Err(_) if Instant::now() < until => sleep(LOOK_AGAIN).await,
+                result => return result,
+            }
+        }
+    }
+
+    async fn majority_without(&self, node: &NodeName) -> Result<(), String> {
         let group = self.meta_group().await;
         let connected = monitor::route_names(self.identity.ports.monitor).await.unwrap_or_default();
         let own = self.identity.node.as_str();

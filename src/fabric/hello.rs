@@ -1,7 +1,6 @@
 //! Nodes tell each other where they listen, so that each dials all by itself, after a restart too. Invariant: what is
 //! heard only ever adds addresses to dial; whoever answers there still has to prove that it holds the key.
 
-use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -15,7 +14,7 @@ use super::address::Address;
 use super::identity::Identity;
 use super::members::Members;
 use super::server::Server;
-use super::subjects;
+use super::{monitor, subjects};
 use crate::core::names::NodeName;
 
 /// The route to a peer is made a moment after we are ready: the first hellos come quickly.
@@ -30,19 +29,15 @@ struct Hello {
     gone: Vec<NodeName>,
 }
 
-/// A node that was heard of this lately is there, whoever says that it is gone: it came again under its name.
-const HEARD_LATELY: Duration = Duration::from_secs(90);
-
 /// The members, shared between who learns of them and who asks.
 pub(super) struct Roster {
     members: Mutex<Members>,
-    heard: Mutex<BTreeMap<NodeName, Instant>>,
     leaving: AtomicBool,
 }
 
 impl Roster {
     pub(super) fn new(members: Members) -> Self {
-        Self { members: Mutex::new(members), heard: Mutex::default(), leaving: AtomicBool::new(false) }
+        Self { members: Mutex::new(members), leaving: AtomicBool::new(false) }
     }
 
     pub(super) fn gone(&self) -> Vec<NodeName> {
@@ -52,19 +47,6 @@ impl Roster {
     /// The addresses of a member.
     pub(super) fn addresses(&self, node: &NodeName) -> Vec<Address> {
         self.lock().addresses(node).to_vec()
-    }
-
-    fn note_heard(&self, node: &NodeName) {
-        self.heard().insert(node.clone(), Instant::now());
-    }
-
-    fn was_heard_lately(&self, node: &NodeName) -> bool {
-        self.heard().get(node).is_some_and(|at| at.elapsed() < HEARD_LATELY)
-    }
-
-    /// What was heard of a node that is removed says nothing of one that comes under its name.
-    fn unhear(&self, node: &NodeName) {
-        self.heard().remove(node);
     }
 
     pub(super) fn routes(&self, own: &[Address]) -> Vec<Address> {
@@ -87,10 +69,6 @@ impl Roster {
 
     fn lock(&self) -> MutexGuard<'_, Members> {
         self.members.lock().expect("nothing panics while it is held")
-    }
-
-    fn heard(&self) -> MutexGuard<'_, BTreeMap<NodeName, Instant>> {
-        self.heard.lock().expect("nothing panics while it is held")
     }
 
     pub(super) fn set_leaving(&self, leaving: bool) {
@@ -121,7 +99,7 @@ impl Exchange {
                 }
                 message = hellos.next() => {
                     let Some(message) = message else { return };
-                    if self.hear(&message) {
+                    if self.hear(&message).await {
                         // It may not have heard of us yet.
                         next = Instant::now();
                     }
@@ -132,7 +110,6 @@ impl Exchange {
 
     /// Forgets a node that was removed, and tells the others.
     pub(super) async fn forget(&self, node: &NodeName) {
-        self.roster.unhear(node);
         if let Some(members) = self.roster.update(|members| members.forget(node)) {
             self.keep(&members);
         }
@@ -162,26 +139,25 @@ impl Exchange {
     }
 
     /// Whether it was news.
-    fn hear(&self, message: &async_nats::Message) -> bool {
+    async fn hear(&self, message: &async_nats::Message) -> bool {
         let Some(from) = subjects::hello_from(&message.subject) else { return false };
         let Ok(hello) = serde_json::from_slice::<Hello>(&message.payload) else { return false };
         if from == self.identity.node {
             return false;
         }
         let leaves = hello.gone.contains(&from);
-        if leaves {
-            self.roster.unhear(&from);
-        } else {
-            self.roster.note_heard(&from);
-        }
+        // Whoever is connected is there, whoever says that it is gone: it came again under its name.
+        let connected = match hello.gone.is_empty() {
+            true => Vec::new(),
+            false => monitor::route_names(self.identity.ports.monitor).await.unwrap_or_default(),
+        };
+        let is_there = |node: &NodeName| {
+            *node == self.identity.node || *node != from && connected.iter().any(|name| name == node.as_str())
+        };
         let (mut comes, mut go) = (false, Vec::new());
         let news = self.roster.update(|members| {
             comes = !leaves && members.learn(&from, &hello.routes);
-            for node in hello.gone.iter().filter(|n| **n != self.identity.node) {
-                if !self.roster.was_heard_lately(node) && members.forget(node) {
-                    go.push(node);
-                }
-            }
+            go.extend(hello.gone.iter().filter(|node| !is_there(node) && members.forget(node)));
             comes || !go.is_empty()
         });
         let Some(members) = news else { return false };

@@ -45,7 +45,11 @@ impl Wanted {
         let turned: Vec<NodeName> =
             ring.iter().cycle().skip(at).take(ring.len()).map(|n| (*n).clone()).collect();
         let (copies, rest) = turned.split_at(COPIES);
+        // JetStream places a stream anew only when its tags change: the last, which no server has, says where to.
+        let names: Vec<&str> = copies.iter().map(NodeName::as_str).collect();
+        let at = format!("!at:{}", names.join("+"));
         let mut tags: Vec<String> = rest.iter().map(|n| format!("!{}", placement_tag(n.as_str()))).collect();
+        tags.push(at);
         tags.sort();
         Self { copies: copies.to_vec(), tags }
     }
@@ -87,6 +91,11 @@ impl Seen {
 
     fn leads(&self, node: &NodeName) -> bool {
         self.leader.as_deref() == Some(node.as_str())
+    }
+
+    /// Whether there are fewer copies than there are to be.
+    pub(super) fn is_short(&self) -> bool {
+        self.followers.len() + 1 < self.replicas
     }
 
     fn is_at(&self, nodes: &[NodeName]) -> bool {
@@ -218,9 +227,9 @@ mod tests {
         assert_eq!(three.copies, names("a b c"));
         let step = |seen: Seen| next_step(a, &three, &seen);
         assert_eq!(step(seen(1, "node:a", "a", &[])), Step::Update(3, vec![]));
-        let bound = vec!["!node:d".to_owned(), "!node:e".to_owned()];
+        let bound = ["!at:a+b+c", "!node:d", "!node:e"].map(str::to_owned).to_vec();
         assert_eq!(step(seen(3, "", "a", &[("d", true), ("c", true)])), Step::Update(3, bound));
-        let tags = "!node:d !node:e";
+        let tags = "!at:a+b+c !node:d !node:e";
         assert_eq!(step(seen(3, tags, "c", &[("d", true), ("a", false), ("b", false)])), Step::Wait);
         assert_eq!(step(seen(3, tags, "c", &[("a", false), ("b", true)])), Step::Wait, "not whole yet");
         assert_eq!(step(seen(3, tags, "c", &[("a", true), ("b", false)])), Step::Lead);

@@ -23,7 +23,7 @@ const NOT_FOUND: u64 = 10059;
 /// The least a server takes.
 const DUPLICATE_WINDOW_NS: u64 = 100_000_000;
 const FIRST_RETRY: Duration = Duration::from_millis(250);
-const LAST_RETRY: Duration = Duration::from_secs(30);
+const LAST_RETRY: Duration = Duration::from_secs(4);
 /// Without a leader nobody answers at all, and asking again once there is one is what helps.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(1);
 /// Somebody may delete the stream: it is looked after.
@@ -34,6 +34,8 @@ const OVERDUE: Duration = Duration::from_secs(5);
 const PROBE_PATIENCE: Duration = Duration::from_secs(5);
 /// A log with copies elsewhere may wait for these.
 const OVERDUE_COPIED: Duration = Duration::from_secs(30);
+/// So many times nothing is to be done and copies are missing: then their places are given out anew.
+const SHORT_TIMES: u32 = 30;
 /// How often to look where the copies are, while they move and when they do not.
 const TEND: Duration = Duration::from_secs(1);
 const TEND_SETTLED: Duration = Duration::from_secs(10);
@@ -219,12 +221,12 @@ impl Keeper {
         let Self { node, counters, .. } = self;
         let began = Instant::now();
         let (mut awaited, mut since) = (counters.awaited.load(Ordering::Relaxed), Instant::now());
-        let (mut tend_at, mut members) = (Instant::now(), Vec::new());
+        let (mut tend_at, mut members, mut short) = (Instant::now(), Vec::new(), 0);
         while began.elapsed() < LOOK_AFTER && !counters.unwanted.load(Ordering::Relaxed) {
             sleep(GLANCE).await;
             let known = self.roster.names();
             if Instant::now() >= tend_at || known != members {
-                let settled = self.tend(&known).await;
+                let settled = self.tend(&known, &mut short).await;
                 tend_at = Instant::now() + if settled { TEND_SETTLED } else { TEND };
                 members = known;
             }
@@ -249,7 +251,7 @@ impl Keeper {
     }
 
     /// Takes one step towards where the copies should be; whether they are there.
-    async fn tend(&self, members: &[NodeName]) -> bool {
+    async fn tend(&self, members: &[NodeName], short: &mut u32) -> bool {
         let Self { node, counters, .. } = self;
         if let Ok(hosted) = monitor::hosted(self.monitor).await {
             let logs: Vec<_> = hosted.iter().filter(|s| s.name.starts_with(PREFIX)).collect();
@@ -259,7 +261,12 @@ impl Keeper {
         }
         let Ok(Some(seen)) = self.look().await else { return false };
         let wanted = Wanted::of(node, members, self.limits.replicas);
-        let step = next_step(node, &wanted, &seen);
+        let mut step = next_step(node, &wanted, &seen);
+        *short = if step == Step::Wait && seen.is_short() { *short + 1 } else { 0 };
+        if *short > SHORT_TIMES {
+            // A copy that was taken away stays away until the stream is placed anew, which the next step does.
+            (*short, step) = (0, Step::Update(seen.replicas, Vec::new()));
+        }
         let told = LogCopies::describe(&wanted, &seen, &step);
         let before = std::mem::replace(
             &mut *counters.copies.lock().expect("nothing panics while it is held"),

@@ -113,6 +113,7 @@ async fn a_survivor_of_two_is_rescued_by_its_operators_word() {
     // Its replacement has another name: it is heard, and stuck.
     let mut c = c_site.start(Some(join)).await;
     until_heard(&a, &mut c, "welcome").await;
+    assert!(!c.fabric.server_info().await.log.exists && !c.fabric.can_decide().await);
     a.fabric.rescue(&gone).await.expect("rescued");
     c.log_exists().await;
     eventually("b is forgotten", async || !knows(&a, &b_site.name) && !knows(&c, &b_site.name)).await;

@@ -1,11 +1,13 @@
 //! The fabric over real nats-servers on loopback.
 
 mod copies;
+mod facts;
 mod joining;
 mod leaving;
 mod logs;
 mod messages;
 mod rotation;
+mod raw;
 mod starting;
 mod support;
 mod surviving;
