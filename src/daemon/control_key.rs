@@ -68,7 +68,7 @@ async fn change(fabric: &Fabric, ask: &KeyAsk) -> Result<KeyAnswer, FabricError>
         sleep(LOOK_AGAIN).await;
     }
     let without = fabric.without_new_key();
-    if ask.drop_old || without.is_empty() {
+    if ask.drop_old {
         fabric.drop_old_key()?;
     }
     let without = if ask.drop_old { Vec::new() } else { without };

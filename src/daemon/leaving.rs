@@ -83,7 +83,8 @@ pub async fn leave(
         told.push_str(&line);
     }
     told.push_str(
-        "the mesh key is removed from this host; who has a copy of it, or a token, can still join\n",
+        "the mesh key is removed from this host; who has a copy of it, or a token, can still join: 'litemesh token --rotate' \
+         on another node makes both worthless\n",
     );
     Ok(told)
 }

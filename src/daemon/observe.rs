@@ -203,6 +203,7 @@ impl Observer {
         status.clock_offset_ms = clocks.own_off_ms as f64;
         status.clocks = clocks.clocks as u64;
         status.warnings.extend(clocks.alarms(inner.router.node()));
+        status.warnings.extend(inner.fabric.key_notice());
         let without = inner.fabric.without_new_key();
         if !without.is_empty() {
             let without: Vec<_> = without.iter().map(ToString::to_string).collect();

@@ -85,6 +85,17 @@ impl NodeCerts {
         Self { trusted: ca_of.trusted, ..self }
     }
 
+    /// One whose time is over.
+    #[cfg(test)]
+    pub(super) fn expired(ring: &KeyRing, node: &str) -> Result<Self, CertError> {
+        let mut certs = Self::mint(ring, node, &[])?;
+        let mut params = node_params(node, &[])?;
+        params.not_after = date_time_ymd(2001, 1, 1);
+        let issuer = Issuer::new(ca_params(ring.current()), ca_key(ring.current())?);
+        certs.certificate = params.signed_by(&certs.key, &issuer)?;
+        Ok(certs)
+    }
+
     /// Writes them into `dir`, for nats-server.
     pub fn save(&self, dir: &Path) -> Result<CertFiles, CertError> {
         let files =

@@ -49,7 +49,7 @@ impl Identity {
         let stored = KeyRing::load(&state.key())?;
         let hosts = hosts(&own);
         let mut ring = match (&stored, &options.join) {
-            (Some(stored), Some(token)) if !stored.accepts(token.key()) => {
+            (Some(stored), Some(token)) if !stored.knows(token.key()) => {
                 return_with(stored, token, &options.node, &hosts).await?
             }
             (Some(stored), _) => stored.clone(),
@@ -186,7 +186,7 @@ async fn return_with(
     node: &NodeName,
     hosts: &[String],
 ) -> Result<KeyRing, FabricError> {
-    let ring = KeyRing::joined(token.key().clone(), stored.mesh_id().to_owned());
+    let ring = stored.replaced_by(token.key());
     let certs = NodeCerts::mint(&ring, node.as_str(), hosts)?;
     match preflight::any(token.addresses(), &certs).await {
         Ok(peer) if peer.mesh_id.as_deref() == Some(stored.mesh_id()) => {

@@ -17,18 +17,23 @@ pub struct KeyRing {
     /// How often the key was changed.
     generation: u64,
     mesh_id: String,
+    /// The public ids of keys that this node had before, the latest last.
+    earlier: Vec<String>,
 }
+
+/// So many earlier keys are known again.
+const MAX_EARLIER: usize = 100;
 
 impl KeyRing {
     /// That of a new mesh.
     pub fn founded(key: MeshKey) -> Self {
-        Self { mesh_id: key.id(), current: key, previous: None, generation: 0 }
+        Self::joined(key.clone(), key.id())
     }
 
     /// That of a node which joins a mesh: what it is called is told by its nodes. How often its key was changed is
     /// heard later.
     pub fn joined(key: MeshKey, mesh_id: String) -> Self {
-        Self { current: key, previous: None, generation: 0, mesh_id }
+        Self { current: key, previous: None, generation: 0, mesh_id, earlier: Vec::new() }
     }
 
     /// The key of tokens, and of this node's certificate.
@@ -56,10 +61,33 @@ impl KeyRing {
         self.current == *key || self.previous.as_ref() == Some(key)
     }
 
+    /// Whether it is, or was, a key of this mesh: a token of before says nothing new to a node that belongs.
+    pub fn knows(&self, key: &MeshKey) -> bool {
+        self.accepts(key) || self.mesh_id == key.id() || self.earlier.contains(&key.id())
+    }
+
+    /// With another key that a node of the mesh goes by.
+    pub fn replaced_by(&self, key: &MeshKey) -> Self {
+        let earlier = self.earlier_and_now();
+        Self { earlier, ..Self::joined(key.clone(), self.mesh_id.clone()) }
+    }
+
+    fn earlier_and_now(&self) -> Vec<String> {
+        let all = self.earlier.iter().cloned().chain([self.current.id()]);
+        all.skip((self.earlier.len() + 1).saturating_sub(MAX_EARLIER)).collect()
+    }
+
     /// With a new key; the one of now is accepted until it is [dropped](Self::without_previous).
     pub fn changed(&self) -> Result<Self, KeyError> {
         let previous = Some(self.current.clone());
-        Ok(Self { current: MeshKey::generate()?, previous, generation: self.generation + 1, ..self.clone() })
+        let (generation, earlier) = (self.generation + 1, self.earlier_and_now());
+        Ok(Self {
+            current: MeshKey::generate()?,
+            previous,
+            generation,
+            earlier,
+            mesh_id: self.mesh_id.clone(),
+        })
     }
 
     /// With what another node has; `None` if that is not newer. Of two changes at once the greater id holds.
@@ -72,7 +100,7 @@ impl KeyRing {
         }
         let as_old = generation == self.generation;
         let previous = if as_old { self.previous.clone() } else { Some(self.current.clone()) };
-        Some(Self { current: key.clone(), previous, generation, mesh_id: self.mesh_id.clone() })
+        Some(Self { previous, generation, ..self.replaced_by(key) })
     }
 
     /// With the current key alone.
@@ -93,9 +121,8 @@ impl KeyRing {
         let mut ring = Self::founded(parse_key(lines.next()?)?);
         for line in lines {
             match line.split_once(' ')? {
-                ("mesh", id) if id.len() == 12 && id.bytes().all(|b| b.is_ascii_hexdigit()) => {
-                    ring.mesh_id = id.to_owned();
-                }
+                ("mesh", id) if is_id(id) => ring.mesh_id = id.to_owned(),
+                ("earlier", id) if is_id(id) => ring.earlier.push(id.to_owned()),
                 ("generation", n) => ring.generation = n.parse().ok()?,
                 ("previous", key) => ring.previous = Some(parse_key(key)?),
                 _ => return None,
@@ -117,8 +144,15 @@ impl KeyRing {
         if let Some(previous) = &self.previous {
             text += &format!("previous {}\n", key(previous));
         }
+        for id in &self.earlier {
+            text += &format!("earlier {id}\n");
+        }
         Ok(private_file::write(path, text.as_bytes())?)
     }
+}
+
+fn is_id(text: &str) -> bool {
+    text.len() == 12 && text.bytes().all(|b| b.is_ascii_hexdigit())
 }
 
 /// A key as files have it.
@@ -150,6 +184,9 @@ mod tests {
         }
         assert!(second.accepts(first.current()) && !second.without_previous().accepts(first.current()));
         assert_eq!(second.mesh_id(), first.mesh_id());
+        let third = second.replaced_by(&key(3));
+        assert!([&first, &second].iter().all(|r| third.knows(r.current()) && !third.accepts(r.current())));
+        assert!(!third.knows(&key(4)));
         for ring in [&first, &second] {
             let secret = URL_SAFE_NO_PAD.encode(ring.current().to_bytes());
             assert!(!format!("{second:?}").contains(&secret));

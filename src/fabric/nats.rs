@@ -291,7 +291,7 @@ impl Fabric {
         self.rotation().change()
     }
 
-    /// Accepts the key from before the last change no more, whoever has no other.
+    /// Has all nodes accept the key from before the last change no more, whoever has no other.
     pub fn drop_old_key(&self) -> Result<(), FabricError> {
         self.rotation().drop_old()
     }
@@ -299,6 +299,11 @@ impl Fabric {
     /// The members that are not known to have the mesh's new key; none unless it is being changed.
     pub fn without_new_key(&self) -> Vec<NodeName> {
         self.rotation().waiting_for()
+    }
+
+    /// Why no peer lets this node in, if it is because of its key.
+    pub fn key_notice(&self) -> Option<String> {
+        self.keys.notice()
     }
 
     /// Whether two keys are accepted.

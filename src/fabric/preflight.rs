@@ -271,6 +271,8 @@ mod tests {
         let error =
             check(&address, &mint(&other).trusting(mint(&key))).await.expect_err("it does not trust us");
         assert!(matches!(error, PreflightError::OtherMesh { .. }), "{error}");
+        let expired = NodeCerts::expired(&KeyRing::founded(key.clone()), "b").expect("mints");
+        check(&address, &expired).await.expect_err("its time is over");
         let by_name = format!("ip6-localhost:{}", cluster.port()).parse::<Address>().expect("an address");
         let error = classify_name(&by_name, cluster, &mint(&key)).await;
         assert!(matches!(error, PreflightError::NotItsName { .. }), "{error}");

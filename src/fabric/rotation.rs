@@ -20,7 +20,7 @@ use tracing::{info, warn};
 use super::error::FabricError;
 use super::hello::Roster;
 use super::identity::Identity;
-use super::keyring::parse_key;
+use super::keyring::{KeyRing, parse_key};
 use super::preflight::PreflightError;
 use super::server::Server;
 use super::{monitor, subjects};
@@ -32,10 +32,26 @@ const LAST_PAUSE: Duration = Duration::from_secs(30);
 const BUSY_PAUSE: Duration = Duration::from_secs(5);
 
 /// How new a key is, and which.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 struct Has {
     generation: u64,
     id: String,
+}
+
+impl Has {
+    fn of(ring: &KeyRing) -> Self {
+        Self { generation: ring.generation(), id: ring.current().id() }
+    }
+}
+
+/// What a node says of its key.
+#[derive(Serialize, Deserialize)]
+struct Said {
+    #[serde(flatten)]
+    has: Has,
+    /// An operator said that the one before is accepted no more, whoever has no other.
+    #[serde(default)]
+    dropped: bool,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -59,11 +75,28 @@ pub(super) struct Rotation {
 pub(super) struct Told {
     has: Mutex<BTreeMap<NodeName, Has>>,
     changed: Notify,
+    /// The key besides which an operator wants no other.
+    alone: Mutex<Option<Has>>,
+    /// Why nobody lets this node in.
+    locked_out: Mutex<Option<String>>,
 }
 
 impl Told {
     fn has(&self) -> MutexGuard<'_, BTreeMap<NodeName, Has>> {
         self.has.lock().expect("nothing panics while it is held")
+    }
+
+    fn alone(&self) -> MutexGuard<'_, Option<Has>> {
+        self.alone.lock().expect("nothing panics while it is held")
+    }
+
+    fn locked_out(&self) -> MutexGuard<'_, Option<String>> {
+        self.locked_out.lock().expect("nothing panics while it is held")
+    }
+
+    /// Why nobody lets this node in, if it is because of its key.
+    pub(super) fn notice(&self) -> Option<String> {
+        self.locked_out().clone()
     }
 }
 
@@ -72,12 +105,11 @@ impl Rotation {
     pub(super) async fn run(self, mut said: async_nats::Subscriber, mut handed: async_nats::Subscriber) {
         let mut pause = FIRST_PAUSE;
         let mut next = Instant::now();
-        let mut locked_out = false;
         loop {
             tokio::select! {
                 () = sleep_until(next) => {
                     self.say().await;
-                    let alone = self.look_whether_locked_out(&mut locked_out).await;
+                    let alone = self.look_whether_locked_out().await;
                     pause = (pause * 2).min(if alone || !self.waiting_for().is_empty() { BUSY_PAUSE } else { LAST_PAUSE });
                     next = Instant::now() + pause;
                 }
@@ -109,8 +141,14 @@ impl Rotation {
         Ok(())
     }
 
-    /// Accepts the old key no more, whoever has no other.
+    /// Accepts the old key no more, whoever has no other, and tells the others.
     pub(super) fn drop_old(&self) -> Result<(), FabricError> {
+        *self.told.alone() = Some(Has::of(&self.identity.ring()));
+        self.told.changed.notify_one();
+        self.end()
+    }
+
+    fn end(&self) -> Result<(), FabricError> {
         self.go_over(|ring| Ok(ring.previous().map(|_| ring.without_previous()))).map(drop)
     }
 
@@ -120,14 +158,14 @@ impl Rotation {
         if ring.previous().is_none() {
             return Vec::new();
         }
-        let ours = Has { generation: ring.generation(), id: ring.current().id() };
+        let ours = Has::of(&ring);
         let told = self.told.has();
         self.roster.names().into_iter().filter(|node| told.get(node) != Some(&ours)).collect()
     }
 
     fn go_over(
         &self,
-        change: impl FnOnce(&super::keyring::KeyRing) -> Result<Option<super::keyring::KeyRing>, FabricError>,
+        change: impl FnOnce(&KeyRing) -> Result<Option<KeyRing>, FabricError>,
     ) -> Result<bool, FabricError> {
         let done = self.identity.change_ring(change)?;
         if done {
@@ -138,9 +176,9 @@ impl Rotation {
     }
 
     async fn say(&self) {
-        let ring = self.identity.ring();
-        let has = Has { generation: ring.generation(), id: ring.current().id() };
-        self.publish(subjects::key_of(&self.identity.node), &has).await;
+        let has = Has::of(&self.identity.ring());
+        let dropped = self.told.alone().as_ref() == Some(&has);
+        self.publish(subjects::key_of(&self.identity.node), &Said { has, dropped }).await;
     }
 
     async fn publish(&self, subject: String, message: &impl Serialize) {
@@ -154,21 +192,25 @@ impl Rotation {
     /// Whether the other one should hear of our key at once.
     async fn hear(&self, message: &async_nats::Message) -> bool {
         let Some(from) = subjects::key_from(&message.subject) else { return false };
-        let Ok(theirs) = serde_json::from_slice::<Has>(&message.payload) else { return false };
+        let Ok(Said { has: theirs, dropped }) = serde_json::from_slice(&message.payload) else {
+            return false;
+        };
         if from == self.identity.node {
             return false;
         }
         let ring = self.identity.ring();
-        let ours = (ring.generation(), ring.current().id());
-        let older = (theirs.generation, &theirs.id) < (ours.0, &ours.1);
-        let differs = (theirs.generation, &theirs.id) != (ours.0, &ours.1);
-        self.told.has().insert(from.clone(), theirs);
-        if older {
+        let ours = Has::of(&ring);
+        self.told.has().insert(from.clone(), theirs.clone());
+        if theirs < ours {
             let key = URL_SAFE_NO_PAD.encode(ring.current().to_bytes());
             let handed = Handed { generation: ring.generation(), key };
             self.publish(subjects::key_for(&self.identity.node, &from), &handed).await;
         }
-        differs && !older
+        if theirs == ours && dropped && self.told.alone().as_ref() != Some(&ours) {
+            info!(%from, "the mesh's old key is accepted no more");
+            self.drop_old().unwrap_or_else(|e| warn!("the mesh's old key is still accepted: {e}"));
+        }
+        theirs > ours
     }
 
     fn take(&self, message: &async_nats::Message) {
@@ -189,27 +231,28 @@ impl Rotation {
         if self.identity.ring().previous().is_none() || !self.waiting_for().is_empty() {
             return;
         }
-        match self.drop_old() {
+        match self.end() {
             Ok(()) => info!("all nodes have the mesh's new key: the old one is accepted no more"),
             Err(e) => warn!("the mesh's old key is still accepted: {e}"),
         }
     }
 
     /// Whether no peer is connected; if it is because our key is not the mesh's any more, that is said once.
-    async fn look_whether_locked_out(&self, told: &mut bool) -> bool {
+    async fn look_whether_locked_out(&self) -> bool {
         let routes = self.roster.routes(&self.identity.own);
         let connected = monitor::route_names(self.identity.ports.monitor).await.unwrap_or_default();
         if routes.is_empty() || !connected.is_empty() {
-            *told = false;
+            *self.told.locked_out() = None;
             return false;
         }
-        if let Err(PreflightError::OtherMesh { address }) = self.identity.look_at(&routes).await
-            && !std::mem::replace(told, true)
-        {
-            warn!(
+        if let Err(PreflightError::OtherMesh { address }) = self.identity.look_at(&routes).await {
+            let text = format!(
                 "the node at {address} does not accept this node's key: if the mesh's key was changed while this node was \
                  away, start it once with --join and what 'litemesh token' prints there"
             );
+            if self.told.locked_out().replace(text.clone()).is_none() {
+                warn!("{text}");
+            }
         }
         true
     }

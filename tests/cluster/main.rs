@@ -14,4 +14,5 @@ mod power;
 mod rebuild;
 mod rekey;
 mod shapes;
+mod survive;
 mod whole;
