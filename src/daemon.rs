@@ -41,6 +41,7 @@ use state_dir::NodeState;
 use crate::config::Config;
 use crate::core::message::Message;
 use crate::core::names::DbName;
+use crate::fabric::keys::MeshKey;
 use crate::fabric::link::Outgoing;
 use crate::fabric::{Fabric, FabricError, FabricOptions, JoinToken, LogLimits, LogReplicas, StateDir};
 use crate::replica::adopt;
@@ -57,6 +58,11 @@ const NOTE_TURNS: u64 = 10;
 const INCOMING: usize = 1_024;
 /// What streams of the host's programs may take at least.
 const OTHER_STREAMS_MIB: u64 = 1_024;
+
+/// How long nodes that are there may take to say which databases they have; and where all were started at once with a
+/// list of peers, for the one that founds the mesh to take its files in.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(1);
+const FOUNDER_PATIENCE: Duration = Duration::from_secs(15);
 
 /// What `up` tells when the node runs.
 pub struct Started {
@@ -80,8 +86,11 @@ pub async fn run(config: Config, started: impl FnOnce(&Started)) -> Result<()> {
     })?;
     let page = listener.local_addr()?;
     let options = fabric_options(&config)?;
-    let joins = options.join.is_some();
+    let (joins, listed) = (options.join.is_some(), !options.peers.is_empty());
     let (fabric, incoming) = Fabric::start(options).await?;
+    // Of nodes that start together the founder's files come first: the others wait until it has taken them in.
+    let founds = fabric.is_founder();
+    let follows = listed && !founds;
     let fabric = Arc::new(fabric);
     let token = fabric.join_token()?;
     let (outgoing, to_send) = mpsc::channel(OUTGOING);
@@ -117,8 +126,9 @@ pub async fn run(config: Config, started: impl FnOnce(&Started)) -> Result<()> {
         router: &router,
         outgoing,
         config: &config,
-        has_members: !fabric.members().is_empty(),
-        joins,
+        has_members: !founds && !fabric.members().is_empty(),
+        joins: joins || follows,
+        others_first: if follows { FOUNDER_PATIENCE } else { ANSWER_PATIENCE },
         mesh_id: fabric.mesh_id(),
     };
     let requests = Requests { detaching, restamping, leaving };
@@ -190,7 +200,12 @@ fn fabric_options(config: &Config) -> Result<FabricOptions> {
     // The server refuses a stream that may grow beyond this; the rest is for programs of the host.
     let with_log_mib = config.log_max_bytes.div_ceil(1 << 20) + OTHER_STREAMS_MIB;
     options.store_limit_mib = options.store_limit_mib.max(with_log_mib);
+    options.peers = config.peers.iter().map(|p| p.to_string().parse()).collect::<Result<_, _>>()?;
     let belongs = StateDir::new(&config.state_dir).key().exists();
+    options.key = match &config.key_file {
+        Some(path) => Some(read_key(path)?),
+        None => None,
+    };
     options.join = match &config.join {
         // A node that belongs needs no token, and the file that held it may be gone; a token that can be read is
         // still compared, so that the wrong mesh is noticed.
@@ -199,6 +214,17 @@ fn fabric_options(config: &Config) -> Result<FabricOptions> {
         None => None,
     };
     Ok(options)
+}
+
+fn read_key(path: &std::path::Path) -> Result<MeshKey> {
+    let text = std::fs::read_to_string(path)
+        .with_context(|| format!("cannot read the key in {}", path.display()))?;
+    MeshKey::parse(&text).with_context(|| {
+        format!(
+            "{} holds no key: make one with 'openssl rand -base64 32', the same for all nodes",
+            path.display()
+        )
+    })
 }
 
 async fn send_all(fabric: Arc<Fabric>, mut to_send: mpsc::Receiver<Outgoing>) {

@@ -222,6 +222,15 @@ pub struct UpArgs {
     /// A file that holds the token.
     #[arg(long, value_name = "FILE")]
     pub join_file: Option<PathBuf>,
+    /// Where all nodes of the mesh listen, this one first or among them: the same list for all, instead of a token.
+    ///
+    /// All are started with it and with --key-file, at once and in any order. The node at the first address founds the
+    /// mesh as soon as most of the list are there; the others join it.
+    #[arg(long, value_name = "HOST:PORT,...", value_delimiter = ',', conflicts_with_all = ["join", "join_file"])]
+    pub peers: Vec<String>,
+    /// A file with the mesh's key: 32 random bytes in Base64, the same on every node.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["join", "join_file"])]
+    pub key_file: Option<PathBuf>,
     /// A TOML file with any of these options.
     #[arg(long, value_name = "FILE", env = "LITEMESH_CONFIG")]
     pub config: Option<PathBuf>,
@@ -335,6 +344,8 @@ impl UpArgs {
             http: self.http.clone(),
             join: self.join.clone(),
             join_file: self.join_file.clone(),
+            peers: list(&self.peers),
+            key_file: self.key_file.clone(),
             journal,
             schema,
             include: list(&self.include),

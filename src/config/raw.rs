@@ -22,6 +22,8 @@ pub const KEYS: &[&str] = &[
     "http",
     "join",
     "join_file",
+    "peers",
+    "key_file",
     "journal",
     "schema",
     "include",
@@ -69,6 +71,10 @@ pub struct Raw {
     pub join: Option<String>,
     /// A file that holds it.
     pub join_file: Option<PathBuf>,
+    /// Where all nodes of the mesh listen.
+    pub peers: Option<Vec<String>>,
+    /// A file with the mesh's key.
+    pub key_file: Option<PathBuf>,
     /// `wal` or `keep`.
     pub journal: Option<String>,
     /// `replicate` or `manual`.
@@ -157,7 +163,7 @@ impl Raw {
     }
 
     fn start_from(&mut self, dir: &Path) {
-        for path in [&mut self.state_dir, &mut self.join_file].into_iter().flatten() {
+        for path in [&mut self.state_dir, &mut self.join_file, &mut self.key_file].into_iter().flatten() {
             *path = dir.join(&*path);
         }
         for database in self.databases.iter_mut().flatten() {
@@ -202,6 +208,8 @@ impl Raw {
             "by_column" => self.by_column = list(),
             "state_dir" => self.state_dir = Some(value.into()),
             "join_file" => self.join_file = Some(value.into()),
+            "peers" => self.peers = list(),
+            "key_file" => self.key_file = Some(value.into()),
             "name" => self.name = text(),
             "cluster" => self.cluster = text(),
             "advertise" => self.advertise = text(),
@@ -251,6 +259,8 @@ impl Raw {
             http: self.http.or(below.http),
             join,
             join_file,
+            peers: self.peers.or(below.peers),
+            key_file: self.key_file.or(below.key_file),
             journal: self.journal.or(below.journal),
             schema: self.schema.or(below.schema),
             include: self.include.or(below.include),

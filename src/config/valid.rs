@@ -159,6 +159,10 @@ pub struct Config {
     pub http: SocketAddr,
     /// The token to join with, if one was given.
     pub join: Option<Join>,
+    /// Where all nodes of the mesh listen, if they are started with a list instead of a token.
+    pub peers: Vec<Advertise>,
+    /// A file with the mesh's key.
+    pub key_file: Option<PathBuf>,
     /// What to do with journal modes.
     pub journal: Journal,
     /// What happens to changes of the schema.
@@ -210,15 +214,18 @@ pub fn validate(raw: Raw, around: &Surroundings) -> Result<Config, ConfigError> 
         (Some(token), _) => Some(Join::Token(token.trim().to_owned())),
         (None, file) => file.map(|f| Join::File(absolute(&f))),
     };
+    let peers = raw.peers.unwrap_or_default();
     Ok(Config {
         databases: databases::resolve(&raw.databases.unwrap_or_default())?,
         name: node_name(raw.name.as_deref(), around)?,
         state_dir: super::state_dir(raw.state_dir.as_deref(), around)?,
         cluster,
-        advertise: raw.advertise.as_deref().map(advertise).transpose()?,
+        advertise: raw.advertise.as_deref().map(|a| host_and_port("advertise", a)).transpose()?,
         client,
         http,
         join,
+        peers: peers.iter().map(|p| host_and_port("peers", p)).collect::<Result<_, _>>()?,
+        key_file: raw.key_file.as_deref().map(absolute),
         journal: journal(raw.journal.as_deref())?,
         schema: schema(raw.schema.as_deref())?,
         tables: TableFilter {
@@ -338,11 +345,11 @@ fn distinct_ports(listeners: &[(&'static str, SocketAddr)]) -> Result<(), Config
     Ok(())
 }
 
-fn advertise(text: &str) -> Result<Advertise, ConfigError> {
+fn host_and_port(option: &'static str, text: &str) -> Result<Advertise, ConfigError> {
     let wrong = || {
         let reason =
             "write a host and a port as peers reach them, such as db1.example:6222 or [2001:db8::1]:6222";
-        ConfigError::value("advertise", text, reason)
+        ConfigError::value(option, text, reason)
     };
     let (host, port) = text.trim().rsplit_once(':').ok_or_else(wrong)?;
     let port: u16 = port.parse().ok().filter(|p| *p != 0).ok_or_else(wrong)?;

@@ -83,6 +83,8 @@ pub struct Starter<'a> {
     pub has_members: bool,
     /// Whether the operator said to join.
     pub joins: bool,
+    /// How long a database may take to appear on nodes that are there, before this file is taken to be the first.
+    pub others_first: Duration,
     /// Tells this mesh from others; the same on every node.
     pub mesh_id: String,
 }
@@ -214,7 +216,7 @@ impl Starter<'_> {
             }
             let heard = self.router.peers().values().any(|p| p.is_live(now_ms));
             // Those who answered do not have it.
-            if heard && asked.elapsed() > Duration::from_secs(1) {
+            if heard && asked.elapsed() > self.others_first {
                 return Ok(None);
             }
             if asked.elapsed() > PEER_PATIENCE && !heard {

@@ -13,7 +13,8 @@ use rcgen::{
     KeyUsagePurpose, PKCS_ED25519, SanType, SerialNumber, date_time_ymd,
 };
 use rustls::pki_types::PrivatePkcs8KeyDer;
-use rustls::{ClientConfig, RootCertStore};
+use rustls::server::WebPkiClientVerifier;
+use rustls::{ClientConfig, RootCertStore, ServerConfig};
 
 use super::keyring::KeyRing;
 use super::keys::MeshKey;
@@ -111,16 +112,33 @@ impl NodeCerts {
 
     /// For connections of our own to a node of the mesh: it must have a certificate of our CA, and gets ours.
     pub fn client_config(&self) -> Result<ClientConfig, rustls::Error> {
-        let mut roots = RootCertStore::empty();
-        for ca in &self.trusted {
-            roots.add(ca.der().clone())?;
-        }
         let key = PrivatePkcs8KeyDer::from(self.key.serialize_der());
         let chain = self.chain().map(|c| c.der().clone()).collect();
         ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
             .with_safe_default_protocol_versions()?
-            .with_root_certificates(roots)
+            .with_root_certificates(self.roots()?)
             .with_client_auth_cert(chain, key.into())
+    }
+
+    /// For connections of peers to us: theirs must be certificates of our CAs.
+    pub fn server_config(&self) -> Result<ServerConfig, rustls::Error> {
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let peers = WebPkiClientVerifier::builder_with_provider(Arc::new(self.roots()?), provider.clone())
+            .build()
+            .map_err(|e| rustls::Error::General(e.to_string()))?;
+        let key = PrivatePkcs8KeyDer::from(self.key.serialize_der());
+        ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()?
+            .with_client_cert_verifier(peers)
+            .with_single_cert(self.chain().map(|c| c.der().clone()).collect(), key.into())
+    }
+
+    fn roots(&self) -> Result<RootCertStore, rustls::Error> {
+        let mut roots = RootCertStore::empty();
+        for ca in &self.trusted {
+            roots.add(ca.der().clone())?;
+        }
+        Ok(roots)
     }
 
     /// What peers are shown.

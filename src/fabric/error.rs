@@ -111,6 +111,9 @@ pub enum FabricError {
         /// What stood in the way.
         reason: String,
     },
+    /// A list of peers without the secret that they share.
+    #[error("--peers needs the mesh's key, the same on every node: name a file with it with --key-file")]
+    NoKey,
     /// `--advertise` is no address.
     #[error("--advertise: {0}")]
     Advertise(#[from] AddressError),

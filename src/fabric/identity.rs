@@ -2,7 +2,7 @@
 //! node that joined or founded a mesh stays in it, whatever token it is started with later.
 
 use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::accounts::Accounts;
 use super::address::Address;
@@ -14,7 +14,8 @@ use super::keys::MeshKey;
 use super::members::Members;
 use super::options::{FabricOptions, StateDir};
 use super::preflight::{Peer, PreflightError};
-use super::server::Ports;
+use super::rendezvous::{self, Door, Met};
+use super::server::{Ports, free_loopback};
 use super::token::JoinToken;
 use super::{bootstrap, preflight};
 use crate::core::names::NodeName;
@@ -27,6 +28,8 @@ pub(super) struct Identity {
     pub(super) own: Vec<Address>,
     pub(super) advertise: Option<Address>,
     secrets: Mutex<Secrets>,
+    /// Under which names and addresses peers may dial it.
+    hosts: Vec<String>,
     pub(super) cert_files: CertFiles,
     pub(super) accounts: Accounts,
     pub(super) ports: Ports,
@@ -36,34 +39,60 @@ pub(super) struct Identity {
 }
 
 /// What changes when the mesh's key does.
+#[derive(Clone)]
 struct Secrets {
     ring: KeyRing,
-    certs: NodeCerts,
+    certs: Arc<NodeCerts>,
 }
 
 impl Identity {
     /// Loads it; at the first start makes it, or takes it from the token after a look at the mesh.
-    pub(super) async fn establish(options: &FabricOptions) -> Result<(Self, Members), FabricError> {
+    pub(super) async fn establish(
+        options: &FabricOptions,
+    ) -> Result<(Self, Members, Option<Door>), FabricError> {
         let state = StateDir::new(&options.state_dir);
         let own = options.own_addresses()?;
         let stored = KeyRing::load(&state.key())?;
-        let hosts = hosts(&own);
+        // A node may be reached by any name of the list: whoever has the key can say so of itself.
+        let listed = own.iter().chain(&options.peers);
+        let hosts: Vec<String> = listed.map(|address| address.host().to_owned()).collect();
         let mut ring = match (&stored, &options.join) {
             (Some(stored), Some(token)) if !stored.knows(token.key()) => {
                 return_with(stored, token, &options.node, &hosts).await?
             }
+            (Some(stored), _) if options.key.as_ref().is_some_and(|given| !stored.knows(given)) => {
+                return Err(FabricError::BelongsElsewhere);
+            }
             (Some(stored), _) => stored.clone(),
             (None, Some(token)) => KeyRing::founded(token.key().clone()),
-            (None, None) => KeyRing::founded(MeshKey::generate()?),
+            (None, None) => KeyRing::founded(match &options.key {
+                Some(given) => given.clone(),
+                None if !options.peers.is_empty() => return Err(FabricError::NoKey),
+                None => MeshKey::generate()?,
+            }),
         };
-        let certs = NodeCerts::mint(&ring, options.node.as_str(), &hosts)?;
+        let certs = Arc::new(NodeCerts::mint(&ring, options.node.as_str(), &hosts)?);
         // A list without a key is left of a join that did not come to its end: it says nothing.
         let known = if stored.is_some() {
             Members::load(&state.members())?.unwrap_or_default()
         } else {
             Members::default()
         };
-        let members = match &options.join {
+        let mut founder = None;
+        let mut members = match &options.join {
+            None if !options.peers.is_empty() && !bootstrap::is_done(state.path()) => {
+                let met = rendezvous::meet(&options.node, options.cluster, &options.peers, &certs).await?;
+                match met {
+                    Met::Founder(door) => founder = Some(door),
+                    Met::Member(mesh_id) => {
+                        if let Some(mesh_id) = mesh_id.filter(|_| stored.is_none()) {
+                            ring = KeyRing::joined(ring.current().clone(), mesh_id);
+                        }
+                        bootstrap::mark_done(state.path())?;
+                    }
+                }
+                known
+            }
             Some(token) if token_is_ours(token.addresses(), &own) => known,
             Some(token) if stored.is_none() => {
                 let (members, mesh_id) = join(token.addresses(), &options.node, &certs, &state).await?;
@@ -79,7 +108,10 @@ impl Identity {
         if stored.as_ref() != Some(&ring) {
             ring.save(&state.key())?;
         }
-        if !members.routes(&own).is_empty() {
+        if !options.peers.is_empty() {
+            members.seed(&options.peers);
+            members.save(&state.members())?;
+        } else if !members.routes(&own).is_empty() {
             bootstrap::mark_done(state.path())?;
         }
         let identity = Self {
@@ -92,10 +124,30 @@ impl Identity {
             store: state.store(),
             store_limit_mib: options.store_limit_mib,
             secrets: Mutex::new(Secrets { ring, certs }),
+            hosts,
             own,
             state,
         };
-        Ok((identity, members))
+        Ok((identity, members, founder))
+    }
+
+    /// The same node on ports of its own on loopback, where no peer finds it.
+    pub(super) fn aside(&self) -> Result<Self, FabricError> {
+        let [cluster, client] = free_loopback()?;
+        Ok(Self {
+            node: self.node.clone(),
+            mesh_id: self.mesh_id.clone(),
+            hosts: self.hosts.clone(),
+            own: self.own.clone(),
+            advertise: None,
+            secrets: Mutex::new(self.secrets().clone()),
+            cert_files: self.cert_files.clone(),
+            accounts: self.accounts.clone(),
+            ports: Ports::choose(cluster, client)?,
+            state: self.state.clone(),
+            store: self.store.clone(),
+            store_limit_mib: self.store_limit_mib,
+        })
     }
 
     fn secrets(&self) -> MutexGuard<'_, Secrets> {
@@ -115,7 +167,7 @@ impl Identity {
     ) -> Result<bool, FabricError> {
         let mut secrets = self.secrets();
         let Some(ring) = change(&secrets.ring)? else { return Ok(false) };
-        let certs = NodeCerts::mint(&ring, self.node.as_str(), &hosts(&self.own))?;
+        let certs = Arc::new(NodeCerts::mint(&ring, self.node.as_str(), &self.hosts)?);
         ring.save(&self.state.key())?;
         certs.save(&self.state.tls())?;
         *secrets = Secrets { ring, certs };
@@ -128,10 +180,7 @@ impl Identity {
             let reason = "no address is known".to_owned();
             return Err(PreflightError::NoSuchHost { address: self.own[0].clone(), reason });
         }
-        // A certificate of its own: the lock is not held while we wait.
-        let certs = NodeCerts::mint(&self.ring(), self.node.as_str(), &hosts(&self.own));
-        let certs =
-            certs.map_err(|e| PreflightError::Tls { address: at[0].clone(), reason: e.to_string() })?;
+        let certs = self.secrets().certs.clone();
         preflight::any(at, &certs).await
     }
 
@@ -173,10 +222,6 @@ impl Identity {
             .map_err(|e| FabricError::Connect { reason: e.to_string() })?;
         Ok(options.require_tls(true).tls_client_config(config))
     }
-}
-
-fn hosts(own: &[Address]) -> Vec<String> {
-    own.iter().map(|address| address.host().to_owned()).collect()
 }
 
 /// The token has another key than this node: the mesh's, if it was changed while the node was away, or another mesh's.

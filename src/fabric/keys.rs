@@ -3,6 +3,8 @@
 
 use std::fmt;
 
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use rand::TryRngCore;
 
 use super::private_file::StateFileError;
@@ -50,6 +52,13 @@ impl MeshKey {
     /// The secret itself: for a token or the key file, nothing else.
     pub fn to_bytes(&self) -> [u8; KEY_LEN] {
         self.0
+    }
+
+    /// Reads a key as any program may have made it: 32 random bytes in either Base64, as `openssl rand -base64 32`.
+    pub fn parse(text: &str) -> Option<Self> {
+        let plain: String = text.trim().trim_end_matches('=').replace('+', "-").replace('/', "_");
+        let bytes = URL_SAFE_NO_PAD.decode(plain).ok()?;
+        bytes.try_into().ok().map(Self)
     }
 
     /// The seed of the CA's signing key.

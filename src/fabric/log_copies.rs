@@ -214,7 +214,7 @@ mod tests {
                 assert_eq!(wanted.copies.len(), if count < 3 { 1 } else { 3 });
                 wanted.copies.iter().for_each(|holder| *held.entry(holder.clone()).or_default() += 1);
                 let alone = Wanted::of(node, &all, LogReplicas::One);
-                assert_eq!(alone.copies, std::slice::from_ref(&node));
+                assert_eq!(alone.copies, std::slice::from_ref(node));
             }
             assert!(held.values().all(|n| *n == if count < 3 { 1 } else { 3 }), "{count}: {held:?}");
         }

@@ -63,6 +63,11 @@ impl Members {
         Self { seeds, ..Self::default() }
     }
 
+    /// Has these dialled, too, instead of the addresses that were joined by before.
+    pub fn seed(&mut self, addresses: &[Address]) {
+        self.seeds = addresses.to_vec();
+    }
+
     /// Takes in what a node says of itself; whether that changed anything.
     pub fn learn(&mut self, node: &NodeName, addresses: &[Address]) -> bool {
         let mut addresses = addresses.to_vec();
@@ -71,7 +76,10 @@ impl Members {
         if self.nodes.get(node) == Some(&addresses) {
             return is_back;
         }
-        self.nodes.insert(node.clone(), addresses);
+        if let Some(before) = self.nodes.insert(node.clone(), addresses.clone()) {
+            // Where it was joined by and is not any more.
+            self.seeds.retain(|seed| !before.contains(seed) || addresses.contains(seed));
+        }
         true
     }
 

@@ -24,6 +24,7 @@ mod nats;
 mod options;
 pub mod preflight;
 mod private_file;
+mod rendezvous;
 mod rotation;
 mod server;
 mod state_lock;

@@ -23,6 +23,7 @@ use super::identity::Identity;
 use super::link::{Incoming, LogRequest, Outgoing};
 use super::log_read;
 use super::log_stream::{Keeper, LogCounters, LogState};
+use super::members::Members;
 use super::options::FabricOptions;
 use super::rotation::{Rotation, Told};
 use super::server::{AS_EXPECTED, Server, ServerSetup};
@@ -88,6 +89,7 @@ pub struct Fabric {
     drops: Arc<Drops>,
     answers: Arc<Answers>,
     keys: Arc<Told>,
+    is_founder: bool,
     /// Where the log answers to commits.
     ack_subject: String,
     /// What is to be read of logs.
@@ -102,11 +104,17 @@ impl Fabric {
         private_file::make_dir(&options.state_dir)
             .map_err(|source| FabricError::System { what: "cannot make the state directory", source })?;
         let lock = StateLock::take(&options.state_dir).await?;
-        let (identity, members) = Identity::establish(&options).await?;
+        let (identity, members, founder) = Identity::establish(&options).await?;
         let bin = identity.state.bin();
         let binary = tokio::task::spawn_blocking(move || nats_launcher::Bundle::install(&bin))
             .await
             .map_err(|e| FabricError::System { what: "unpacking", source: std::io::Error::other(e) })??;
+        let is_founder = founder.is_some();
+        if let Some(door) = founder {
+            found_aside(&identity, &binary).await?;
+            // From now on the real server answers there: whoever waits is to join it.
+            door.close().await;
+        }
         let setup = ServerSetup {
             name: identity.node.as_str(),
             binary: &binary,
@@ -134,6 +142,7 @@ impl Fabric {
             drops: Arc::default(),
             answers: Arc::default(),
             keys: Arc::default(),
+            is_founder,
             identity,
             client,
             server,
@@ -311,6 +320,11 @@ impl Fabric {
         self.identity.ring().previous().is_some()
     }
 
+    /// Whether this start has founded the mesh for a list of peers that wait for it.
+    pub fn is_founder(&self) -> bool {
+        self.is_founder
+    }
+
     /// The other nodes that were ever heard of, connected or not.
     pub fn members(&self) -> Vec<NodeName> {
         self.roster.names()
@@ -467,6 +481,29 @@ async fn found_or_return(
         connect: identity.client_options(bootstrap::sys_options(&identity.accounts))?,
     })
     .await
+}
+
+/// Founds the cluster where no peer can meet it half-founded.
+async fn found_aside(identity: &Identity, binary: &std::path::Path) -> Result<(), FabricError> {
+    let aside = identity.aside()?;
+    let setup = ServerSetup {
+        name: aside.node.as_str(),
+        binary,
+        conf_path: aside.state.conf(),
+        conf: &aside.conf_text(&Members::default()),
+        memory_limit_mib: None,
+        hushed: AS_EXPECTED.to_vec(),
+    };
+    let server = Server::start(setup, None)?;
+    let gate = tokio::spawn(gate::hold(aside.ports.gate, aside.accounts.gate.clone()));
+    let result = async {
+        server.ready(&aside.ports).await?;
+        found_or_return(&aside, binary, false).await
+    }
+    .await;
+    gate.abort();
+    server.stop().await;
+    result
 }
 
 async fn connect(identity: &Identity) -> Result<async_nats::Client, FabricError> {

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::address::{Address, AddressError};
 use super::certs::CA_FILE;
+use super::keys::MeshKey;
 use super::log_stream::LogLimits;
 use super::token::JoinToken;
 use crate::core::names::NodeName;
@@ -25,6 +26,10 @@ pub struct FabricOptions {
     pub client: SocketAddr,
     /// The mesh to join; a node that belongs to it already needs none.
     pub join: Option<JoinToken>,
+    /// Where the nodes of the mesh listen, this one included: all are started with the same list, and no token.
+    pub peers: Vec<Address>,
+    /// The mesh's secret, if it is not in the state directory yet.
+    pub key: Option<MeshKey>,
     /// The memory nats-server should stay within.
     pub memory_budget_mib: u64,
     /// What this node's log keeps.
@@ -46,6 +51,8 @@ impl FabricOptions {
             advertise: None,
             client,
             join: None,
+            peers: Vec::new(),
+            key: None,
             memory_budget_mib: 64,
             log: LogLimits::default(),
             store_limit_mib: 8 * 1024,

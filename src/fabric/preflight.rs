@@ -77,6 +77,14 @@ pub enum PreflightError {
         /// Whom we dialled.
         address: Address,
     },
+    /// It is a node of our mesh that is none yet.
+    #[error(
+        "cannot join {address}: the node there waits for its mesh to be founded: start the others of its --peers"
+    )]
+    Waits {
+        /// Whom we dialled.
+        address: Address,
+    },
     /// Encryption failed in some other way.
     #[error("cannot join {address}: TLS failed: {reason}")]
     Tls {
@@ -91,8 +99,9 @@ impl PreflightError {
     /// Of several addresses' errors the one that tells most is shown.
     fn tells(&self) -> u8 {
         match self {
-            Self::OtherMesh { .. } => 6,
-            Self::NotItsName { .. } => 5,
+            Self::OtherMesh { .. } => 7,
+            Self::NotItsName { .. } => 6,
+            Self::Waits { .. } => 5,
             Self::Tls { .. } => 4,
             Self::NotAPeer { .. } => 3,
             Self::Unreachable { .. } => 2,
@@ -111,6 +120,15 @@ pub struct Peer {
     pub mesh_id: Option<String>,
     /// Where it was found.
     pub address: Address,
+}
+
+impl Peer {
+    /// By what it says of itself.
+    pub(super) fn introduced(info: &Value, address: &Address) -> Self {
+        let text = |field: &str| info[field].as_str().unwrap_or_default().to_owned();
+        let mesh_id = conf::mesh_of_cluster(&text("cluster"));
+        Self { name: text("server_name"), mesh_id, address: address.clone() }
+    }
 }
 
 /// The first peer that would take us in; otherwise the most telling error. `addresses` must not be empty.
@@ -138,20 +156,38 @@ pub async fn check(address: &Address, certs: &NodeCerts) -> Result<Peer, Preflig
     };
     // With TLS 1.3 our side of the handshake is done before the peer has looked at our certificate: what it thinks of
     // it shows on the first read. A member says who it is.
-    let info = match timeout(ANSWER_PATIENCE, read_info(BufReader::new(stream))).await {
-        Ok(Ok(info)) => info,
-        Ok(Err(e)) => return Err(classify(&e, address)),
+    let info = introduction(&mut BufReader::new(stream), address).await?;
+    if !info["litemesh"].is_null() {
+        return Err(PreflightError::Waits { address: address.clone() });
+    }
+    Ok(Peer::introduced(&info, address))
+}
+
+/// What whoever listens at one of an address's sockets says of itself, and the connection.
+pub(super) async fn look(
+    address: &Address,
+    socket: SocketAddr,
+    certs: &NodeCerts,
+) -> Result<(Value, BufReader<Tls>), PreflightError> {
+    let unreachable = |source| PreflightError::Unreachable { address: address.clone(), source };
+    let stream = match timeout(DIAL_PATIENCE, TcpStream::connect(socket)).await {
+        Ok(stream) => stream.map_err(unreachable)?,
+        Err(_) => return Err(unreachable(io::ErrorKind::TimedOut.into())),
+    };
+    let mut stream = BufReader::new(shake_hands(stream, address, certs).await?);
+    let info = introduction(&mut stream, address).await?;
+    Ok((info, stream))
+}
+
+async fn introduction(stream: &mut BufReader<Tls>, address: &Address) -> Result<Value, PreflightError> {
+    match timeout(ANSWER_PATIENCE, read_info(stream)).await {
+        Ok(Ok(info)) => Ok(info),
+        Ok(Err(e)) => Err(classify(&e, address)),
         Err(_) => {
             let source = io::ErrorKind::TimedOut.into();
-            return Err(PreflightError::Unreachable { address: address.clone(), source });
+            Err(PreflightError::Unreachable { address: address.clone(), source })
         }
-    };
-    let text = |field: &str| info[field].as_str().unwrap_or_default().to_owned();
-    Ok(Peer {
-        name: text("server_name"),
-        mesh_id: conf::mesh_of_cluster(&text("cluster")),
-        address: address.clone(),
-    })
+    }
 }
 
 /// What listens at an address that is no cluster port.
@@ -205,7 +241,7 @@ async fn read_info(mut stream: impl AsyncBufRead + Unpin) -> io::Result<Value> {
     serde_json::from_slice(json).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
 }
 
-type Tls = tokio_rustls::client::TlsStream<TcpStream>;
+pub(super) type Tls = tokio_rustls::client::TlsStream<TcpStream>;
 
 async fn shake_hands(stream: TcpStream, address: &Address, certs: &NodeCerts) -> Result<Tls, PreflightError> {
     let tls_failed = |reason: String| PreflightError::Tls { address: address.clone(), reason };

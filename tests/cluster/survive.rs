@@ -60,7 +60,8 @@ fn of_two_that_were_cut_off_each_starts_alone() {
     a.exec("app.db", "INSERT INTO t VALUES('before', 1)");
     a.sync();
     // A power cut for both; they come back at different times.
-    (a.kill(), b.kill());
+    a.kill();
+    b.kill();
     for (node, stream) in [(&mut a, "own_a"), (&mut b, "own_b")] {
         let started = Instant::now();
         node.start(None);

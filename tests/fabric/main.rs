@@ -5,6 +5,7 @@ mod facts;
 mod joining;
 mod leaving;
 mod logs;
+mod meeting;
 mod messages;
 mod raw;
 mod rotation;
