@@ -119,8 +119,10 @@ pub async fn run(config: Config, started: impl FnOnce(&Started)) -> Result<()> {
         fabric: Arc::downgrade(&fabric),
         secret: contact.secret.into(),
     };
-    let routes = http::router(observer.handle()).merge(http::guard(control::routes(control)));
-    tasks.spawn(serve_page(listener, routes));
+    tasks.spawn(serve_page(
+        listener,
+        http::router(observer.handle()).merge(http::guard(control::routes(control))),
+    ));
     let starter = Starter {
         state: &state,
         router: &router,
@@ -142,7 +144,16 @@ pub async fn run(config: Config, started: impl FnOnce(&Started)) -> Result<()> {
     drop(observer);
     tasks.shutdown().await;
     drop(router);
-    // Ends when everything that was to be sent is; whoever could add to it is gone.
+    shut_down(fabric, sending).await;
+    if result? == Ending::Left {
+        state.forget_mesh()?;
+    }
+    Ok(())
+}
+
+/// When all that could add to what is to be sent is gone.
+async fn shut_down(fabric: Arc<Fabric>, sending: tokio::task::JoinHandle<()>) {
+    // Ends when everything that was to be sent is.
     if tokio::time::timeout(Duration::from_secs(5), sending).await.is_err() {
         warn!("not everything could be sent: peers fetch it when this node is back");
     }
@@ -150,10 +161,6 @@ pub async fn run(config: Config, started: impl FnOnce(&Started)) -> Result<()> {
         Some(fabric) => fabric.shutdown().await,
         None => debug!("the fabric is still in use: its server ends with this process"),
     }
-    if result? == Ending::Left {
-        state.forget_mesh()?;
-    }
-    Ok(())
 }
 
 /// What other commands ask of the running node.

@@ -13,5 +13,6 @@ pub mod node;
 pub mod repair;
 pub mod run;
 pub mod up;
+pub mod up_args;
 pub mod verify;
 pub mod watch;

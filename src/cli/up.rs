@@ -6,8 +6,8 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use tracing_subscriber::EnvFilter;
 
-use super::args::UpArgs;
 use super::check;
+use super::up_args::UpArgs;
 use crate::config::{self, Config, Surroundings};
 use crate::core::lint::Severity;
 use crate::daemon::{self, Started};

@@ -56,21 +56,7 @@ impl Identity {
         // A node may be reached by any name of the list: whoever has the key can say so of itself.
         let listed = own.iter().chain(&options.peers);
         let hosts: Vec<String> = listed.map(|address| address.host().to_owned()).collect();
-        let mut ring = match (&stored, &options.join) {
-            (Some(stored), Some(token)) if !stored.knows(token.key()) => {
-                return_with(stored, token, &options.node, &hosts).await?
-            }
-            (Some(stored), _) if options.key.as_ref().is_some_and(|given| !stored.knows(given)) => {
-                return Err(FabricError::BelongsElsewhere);
-            }
-            (Some(stored), _) => stored.clone(),
-            (None, Some(token)) => KeyRing::founded(token.key().clone()),
-            (None, None) => KeyRing::founded(match &options.key {
-                Some(given) => given.clone(),
-                None if !options.peers.is_empty() => return Err(FabricError::NoKey),
-                None => MeshKey::generate()?,
-            }),
-        };
+        let mut ring = keys_to_begin_with(stored.as_ref(), options, &hosts).await?;
         let certs = Arc::new(NodeCerts::mint(&ring, options.node.as_str(), &hosts)?);
         // A list without a key is left of a join that did not come to its end: it says nothing.
         let known = if stored.is_some() {
@@ -221,6 +207,29 @@ impl Identity {
             .client_config()
             .map_err(|e| FabricError::Connect { reason: e.to_string() })?;
         Ok(options.require_tls(true).tls_client_config(config))
+    }
+}
+
+/// Those of the key file; at the first start those that were given, or new ones.
+async fn keys_to_begin_with(
+    stored: Option<&KeyRing>,
+    options: &FabricOptions,
+    hosts: &[String],
+) -> Result<KeyRing, FabricError> {
+    match (stored, &options.join) {
+        (Some(stored), Some(token)) if !stored.knows(token.key()) => {
+            return_with(stored, token, &options.node, hosts).await
+        }
+        (Some(stored), _) if options.key.as_ref().is_some_and(|given| !stored.knows(given)) => {
+            Err(FabricError::BelongsElsewhere)
+        }
+        (Some(stored), _) => Ok(stored.clone()),
+        (None, Some(token)) => Ok(KeyRing::founded(token.key().clone())),
+        (None, None) => Ok(KeyRing::founded(match &options.key {
+            Some(given) => given.clone(),
+            None if !options.peers.is_empty() => return Err(FabricError::NoKey),
+            None => MeshKey::generate()?,
+        })),
     }
 }
 

@@ -13,6 +13,7 @@ mod ddl_names;
 mod ddl_random;
 mod history;
 mod mixed;
+mod mixed_check;
 mod rare;
 mod rekey_model;
 mod rekey_oracle;
