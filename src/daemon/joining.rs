@@ -380,3 +380,21 @@ fn progress_bar(db: &DbName, size: u64) -> ProgressBar {
         Err(_) => bar,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_copy_that_does_not_fit_or_may_not_is_refused_before_it_begins() {
+        let nowhere = has_room(Path::new("/no/such/directory/app.db"), 1).unwrap_err();
+        assert!(
+            format!("{nowhere:#}").starts_with("cannot learn how much room /no/such/directory has: "),
+            "{nowhere:#}"
+        );
+        let dir = tempfile::tempdir().unwrap();
+        let large = has_room(&dir.path().join("app.db"), u64::MAX).unwrap_err().to_string();
+        assert!(large.contains("make room, then start again"), "{large}");
+        assert!(has_room(&dir.path().join("app.db"), 1).is_ok());
+    }
+}

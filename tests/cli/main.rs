@@ -10,6 +10,7 @@ mod hostile;
 mod http;
 mod intruder;
 mod members;
+mod merging;
 mod refusal;
 mod refused_files;
 mod refused_joins;

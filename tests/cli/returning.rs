@@ -286,3 +286,34 @@ fn a_torn_copy_is_refused_with_what_to_do() {
     wait_equal(&[&a, &b], "app.db");
     b.stop();
 }
+
+/// As README says: the whole mesh goes back to a backup.
+#[test]
+fn a_mesh_that_is_rolled_back_by_the_recipe_has_the_backups_rows_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut a, mut b) = pair(dir.path(), SCHEMA);
+    let backup = dir.path().join("backup.db");
+    a.sync();
+    copy_to(&a, &backup);
+    for node in [&a, &b] {
+        node.exec(
+            "app.db",
+            &format!("INSERT INTO t VALUES('mistake of {}', 1); DELETE FROM t WHERE id = 'first'", node.name),
+        );
+        node.sync();
+    }
+    a.stop();
+    b.stop();
+    put(&a, &std::fs::read(&backup).unwrap());
+    std::fs::remove_dir_all(a.state_dir()).unwrap();
+    let detached = a.run(&["detach", "app.db"]);
+    assert!(detached.status.success(), "{}", String::from_utf8_lossy(&detached.stderr));
+    a.start(None);
+    std::fs::rename(b.file("app.db"), b.file("before.db")).unwrap();
+    std::fs::remove_dir_all(b.state_dir()).unwrap();
+    b.start(Some(&a.token()));
+    b.exec("app.db", "INSERT INTO t VALUES('after', 1)");
+    b.sync();
+    wait_equal(&[&a, &b], "app.db");
+    assert_eq!(rows(&a), "after=1 first=1");
+}

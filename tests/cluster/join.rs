@@ -2,10 +2,14 @@
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::time::Duration;
 
+use futures::StreamExt;
+use litemesh::core::message::{CopyPart, CopyRequest, Fragment, Message, decode, encode};
 use rusqlite::Connection;
 
-use crate::support::{Node, dump, pair, wait_equal, wait_for};
+use crate::poison::look_inside;
+use crate::support::{Node, PATIENCE, dump, pair, wait_equal, wait_for};
 
 const SCHEMA: &str =
     "CREATE TABLE t(id INTEGER PRIMARY KEY, v); CREATE INDEX i ON t(v); CREATE VIEW w AS SELECT v FROM t;
@@ -165,4 +169,63 @@ fn a_node_goes_on_joining_when_its_peer_was_started_anew() {
     let done = log.contains("goes on from what is here") || log.contains("; 0 of them were here already");
     assert!(done, "{log}");
     check_joined(&a, &b);
+}
+
+/// A request of a node that does not exist.
+async fn ask(client: &async_nats::Client, ghost: u64, (request, copy, offset): (u64, u64, u64)) {
+    let ask = CopyRequest { db: "app".parse().unwrap(), request, copy, offset, have: None };
+    let data = encode(&Message::CopyRequest(ask));
+    let piece = encode(&Fragment { attempt: request, index: 0, last: true, data });
+    client.publish(format!("lm.d.a.ghost{ghost}"), piece).await.unwrap();
+    client.flush().await.unwrap();
+}
+
+/// The next answer; none when none comes for a while.
+async fn answer(answers: &mut async_nats::Subscriber, patience: Duration) -> Option<CopyPart> {
+    loop {
+        let heard = tokio::time::timeout(patience, answers.next()).await.ok()??;
+        let piece: Fragment = decode(&heard.payload).unwrap();
+        if let Ok(Message::CopyPart(part)) = decode(&piece.data) {
+            return Some(part);
+        }
+    }
+}
+
+#[test]
+fn copies_for_nodes_that_join_are_few_at_once_and_go_when_they_are_fetched() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut a = Node::new(dir.path(), "a", &["app.db"]);
+    a.exec("app.db", SCHEMA);
+    a.start(None);
+    let copies = || {
+        let all = std::fs::read_dir(a.state_dir().join("spool")).unwrap();
+        all.filter(|e| e.as_ref().unwrap().file_name().to_string_lossy().starts_with("copy-")).count()
+    };
+    tokio::runtime::Runtime::new().unwrap().block_on(async {
+        let client = look_inside(&a).await;
+        let mut answers = client.subscribe("lm.d.*.a").await.unwrap();
+        for ghost in 0..12 {
+            ask(&client, ghost, (ghost + 1, 0, 0)).await;
+        }
+        let mut made = Vec::new();
+        while made.len() < 8 {
+            made.push(answer(&mut answers, PATIENCE).await.expect("a copy"));
+        }
+        assert!(answer(&mut answers, Duration::from_secs(2)).await.is_none(), "no more than eight");
+        assert_eq!(copies(), 8);
+        // Who asks once more has one copy all the same.
+        let again = made[0].request - 1;
+        ask(&client, again, (made[0].request, 0, 0)).await;
+        let same = answer(&mut answers, PATIENCE).await.expect("the same");
+        assert_eq!((same.copy, copies()), (made[0].copy, 8));
+        // What was fetched goes, and the others get theirs.
+        for part in &made[..4] {
+            ask(&client, part.request - 1, (part.request, part.copy, part.size)).await;
+        }
+        for _ in 0..4 {
+            let part = answer(&mut answers, PATIENCE).await.expect("those that waited");
+            assert!(!made.iter().any(|m| m.request == part.request));
+        }
+        wait_for("eight again", || copies() == 8);
+    });
 }

@@ -231,8 +231,12 @@ async fn attack(near: &Node, lineage: u64, site: &str, write: impl Fn()) {
         }
         client.flush().await.unwrap();
     }
-    // Commits of ever more feeds that never end, and such messages.
-    for n in 0..300_u64 {
+    endless(&client, 0..300).await;
+}
+
+/// Commits of ever more feeds that never end, and such messages.
+async fn endless(client: &async_nats::Client, numbers: std::ops::Range<u64>) {
+    for n in numbers {
         let data = Bytes::from(vec![n as u8; 500 * 1024]);
         let endless = encode(&Fragment { attempt: n, index: 0, last: false, data });
         client.publish(format!("lm.c.ghost.app.{n:016x}"), endless.clone()).await.unwrap();
@@ -273,6 +277,15 @@ fn what_cannot_be_read_stops_nothing() {
         let (most, now) = (memory_kib(pid, "VmHWM"), memory_kib(pid, "VmRSS"));
         println!("memory: {before} KiB before, {now} after, {most} at most");
         assert!(most < before + 160 * 1024, "{before} KiB became {most}");
+    }
+    let most = pids.map(|(pid, _)| memory_kib(pid, "VmHWM"));
+    // Ten times the bytes take no more.
+    runtime.block_on(async { endless(&look_inside(&a).await, 300..3_000).await });
+    a.sync();
+    for ((pid, _), before) in pids.into_iter().zip(most) {
+        let now = memory_kib(pid, "VmHWM");
+        println!("memory after ten times as many: {now} KiB at most, {before} before");
+        assert!(now < before + 48 * 1024, "{before} KiB became {now}");
     }
     let refused =
         [&database(&a, "app"), &a.status()["fabric"]].map(|s| s["messages_refused"].as_u64().unwrap());

@@ -6,6 +6,7 @@
 //! `LITEMESH_SIM_WORLD=name` runs one world only, `LITEMESH_SIM_KEEP=1,4-7` only these steps of its history. A failure prints the line that repeats
 //! it with as few steps as possible.
 
+mod bounds;
 mod clocks;
 mod compare;
 mod ddl;
