@@ -71,9 +71,8 @@ fn application(disk: &Disk, round: usize) -> Child {
         // A checkpoint synchronises the log, too: with many, what is lost is in the file itself; without, all that nobody
         // has synchronised by itself is lost.
         let pages = if round % 2 == 0 { 40 } else { 100_000 };
-        let first = format!(
-            ".timeout 20000\nPRAGMA synchronous = NORMAL;\nPRAGMA wal_autocheckpoint = {pages};\n"
-        );
+        let first =
+            format!(".timeout 20000\nPRAGMA synchronous = NORMAL;\nPRAGMA wal_autocheckpoint = {pages};\n");
         let mut sent = input.write_all(first.as_bytes());
         for n in 0.. {
             // It is killed some time.
