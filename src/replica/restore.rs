@@ -176,7 +176,9 @@ fn under_its_key(conn: &Connection, table: &Table, conflict: &Conflict) -> Resul
 
 fn under_new_id(conn: &Connection, table: &Table, conflict: &Conflict) -> Result<Outcome, RestoreError> {
     let gone = conflict.gone && conflict.whole_row;
-    if table.key_kind != KeyKind::Integer || !(conflict.is_collision() || gone) {
+    // Both kinds of numbers SQLite assigns.
+    let assigned = matches!(table.key_kind, KeyKind::Integer | KeyKind::Rowid);
+    if !assigned || !(conflict.is_collision() || gone) {
         return Err(RestoreError::NoNewId);
     }
     // Restored before, and more of it came later: that goes where the rest went.
