@@ -89,8 +89,7 @@ pub async fn run(config: Config, started: impl FnOnce(&Started)) -> Result<()> {
     let (joins, listed) = (options.join.is_some(), !options.peers.is_empty());
     let (fabric, incoming) = Fabric::start(options).await?;
     // Of nodes that start together the founder's files come first: the others wait until it has taken them in.
-    let founds = fabric.is_founder();
-    let follows = listed && !founds;
+    let (founds, follows) = (fabric.is_founder(), listed && !fabric.is_founder());
     let fabric = Arc::new(fabric);
     let token = fabric.join_token()?;
     let (outgoing, to_send) = mpsc::channel(OUTGOING);

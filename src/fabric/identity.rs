@@ -94,11 +94,12 @@ impl Identity {
         if stored.as_ref() != Some(&ring) {
             ring.save(&state.key())?;
         }
+        if founder.is_none() && !members.routes(&own).is_empty() {
+            bootstrap::mark_done(state.path())?;
+        }
         if !options.peers.is_empty() {
             members.seed(&options.peers);
             members.save(&state.members())?;
-        } else if !members.routes(&own).is_empty() {
-            bootstrap::mark_done(state.path())?;
         }
         let identity = Self {
             node: options.node.clone(),
