@@ -31,6 +31,7 @@ use crate::core::names::NodeName;
 /// How long a peer may take for one step.
 const PATIENCE: Duration = Duration::from_secs(3);
 const LOOK_AGAIN: Duration = Duration::from_millis(300);
+const PORT_PATIENCE: Duration = Duration::from_millis(1_500);
 /// How often it is told what is waited for.
 const TELL_EVERY: Duration = Duration::from_secs(15);
 /// Longer than any line of a node that waits.
@@ -236,10 +237,7 @@ async fn open(
     certs: &Arc<NodeCerts>,
     vote: Arc<Mutex<Option<(NodeName, u64)>>>,
 ) -> Result<Door, FabricError> {
-    let listener = TcpListener::bind(listen).await.map_err(|e| match e.kind() {
-        io::ErrorKind::AddrInUse => FabricError::ClusterPortTaken { address: listen.into() },
-        _ => FabricError::System { what: "cannot listen for peers", source: e },
-    })?;
+    let listener = bind(listen).await?;
     let config = certs.server_config().map_err(|e| FabricError::Connect { reason: e.to_string() })?;
     let acceptor = TlsAcceptor::from(Arc::new(config));
     let (me, room) = (me.clone(), Arc::new(Semaphore::new(AT_ONCE)));
@@ -264,6 +262,23 @@ async fn open(
         }
     });
     Ok(Door { tasks })
+}
+
+/// A predecessor that was killed may hold the port for a moment.
+async fn bind(listen: SocketAddr) -> Result<TcpListener, FabricError> {
+    let until = Instant::now() + PORT_PATIENCE;
+    loop {
+        match TcpListener::bind(listen).await {
+            Ok(listener) => return Ok(listener),
+            Err(e) if e.kind() != io::ErrorKind::AddrInUse => {
+                return Err(FabricError::System { what: "cannot listen for peers", source: e });
+            }
+            Err(_) if Instant::now() >= until => {
+                return Err(FabricError::ClusterPortTaken { address: listen.into() });
+            }
+            Err(_) => sleep(LOOK_AGAIN).await,
+        }
+    }
 }
 
 /// Says who waits here, and votes if that is asked for: once, until whoever got the vote is started anew.
