@@ -108,10 +108,8 @@ pub async fn run(config: Config, started: impl FnOnce(&Started)) -> Result<()> {
     let (restamp, restamping) = mpsc::channel(4);
     let (leave, leaving) = mpsc::channel(1);
     let contact = Contact::publish(state.dir(), page)?;
-    let tokens = fabric.clone();
     let control = Control {
         router: router.clone(),
-        token: Arc::new(move || tokens.join_token().map(|t| t.reveal()).map_err(|e| e.to_string())),
         detach,
         restamp,
         leave,
@@ -132,12 +130,12 @@ pub async fn run(config: Config, started: impl FnOnce(&Started)) -> Result<()> {
         others_first: if follows { FOUNDER_PATIENCE } else { ANSWER_PATIENCE },
         mesh_id: fabric.mesh_id(),
     };
-    let requests = Requests { detaching, restamping, leaving };
-    let result = serve(&starter, found, &observer, &fabric, requests, || {
-        let databases = config.databases.iter().map(|d| (d.name.clone(), d.path.clone())).collect();
-        started(&Started { node: config.name.to_string(), token: token.reveal(), http: page, databases });
-    })
-    .await;
+    let result =
+        serve(&starter, found, &observer, &fabric, Requests { detaching, restamping, leaving }, || {
+            let databases = config.databases.iter().map(|d| (d.name.clone(), d.path.clone())).collect();
+            started(&Started { node: config.name.to_string(), token: token.reveal(), http: page, databases });
+        })
+        .await;
     drop(starter);
     router.broadcast(&Message::Bye).await;
     drop(observer);

@@ -101,8 +101,6 @@ pub type RestampRequest = (Option<DbName>, oneshot::Sender<Result<String, String
 pub struct Control {
     /// Databases and peers.
     pub router: Arc<Router>,
-    /// The join token, as of now.
-    pub token: Arc<dyn Fn() -> Result<String, String> + Send + Sync>,
     /// Takes requests to detach.
     pub detach: mpsc::Sender<DetachRequest>,
     /// Takes requests to date writes anew.
@@ -141,9 +139,10 @@ async fn authorize(State(control): State<Control>, request: Request, next: Next)
 }
 
 async fn token(State(control): State<Control>) -> Response {
-    match (control.token)() {
-        Ok(token) => token.into_response(),
-        Err(e) => (StatusCode::INTERNAL_SERVER_ERROR, e).into_response(),
+    match control.fabric.upgrade().map(|fabric| fabric.join_token()) {
+        Some(Ok(token)) => token.reveal().into_response(),
+        Some(Err(e)) => (StatusCode::INTERNAL_SERVER_ERROR, e.to_string()).into_response(),
+        None => (StatusCode::SERVICE_UNAVAILABLE, "the node is ending\n").into_response(),
     }
 }
 

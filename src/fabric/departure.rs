@@ -1,6 +1,6 @@
 //! Takes nodes out of the mesh for good: this one, or one that is gone. Invariant: a node that others can still reach is
 //! never taken out by them, and one that takes itself out is stopped right afterwards, because a server that was removed
-//! and runs on votes again some minutes later.
+//! and runs on, or is started again, votes again.
 
 use std::time::Duration;
 

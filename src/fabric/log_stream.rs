@@ -364,8 +364,6 @@ fn stream_config(node: &NodeName, limits: LogLimits) -> Value {
         "max_consumers": -1,
         "max_msgs": -1,
         "allow_direct": true,
-        // A mirror elsewhere must not answer for what is at its origin.
-        "mirror_direct": false,
     })
 }
 

@@ -26,7 +26,7 @@ use super::log_stream::{Keeper, LogCounters, LogState};
 use super::members::Members;
 use super::options::FabricOptions;
 use super::rotation::{Rotation, Told};
-use super::server::{AS_EXPECTED, Server, ServerSetup};
+use super::server::{self, AS_EXPECTED, Server, ServerSetup};
 use super::state_lock::StateLock;
 use super::subjects::{self, Envelope};
 use super::token::JoinToken;
@@ -115,19 +115,18 @@ impl Fabric {
             // From now on the real server answers there: whoever waits is to join it.
             door.close().await;
         }
-        let setup = ServerSetup {
-            name: identity.node.as_str(),
-            binary: &binary,
-            conf_path: identity.state.conf(),
-            conf: &identity.conf_text(&members),
-            memory_limit_mib: Some(options.memory_budget_mib),
-            hushed: AS_EXPECTED.to_vec(),
-        };
-        let server = Server::start(setup, Some(lock))?;
         let mut tasks = JoinSet::new();
         // Before the server is ready: it loads its streams as soon as the gate is open.
         tasks.spawn(gate::hold(identity.ports.gate, identity.accounts.gate.clone()));
-        server.ready(&identity.ports).await?;
+        let conf = identity.conf_text(&members);
+        let server = match start_server(&identity, &binary, &conf, &options, lock).await {
+            Err(FabricError::Server { reason }) if server::is_damage(&reason) => {
+                watchdog::set_aside(&identity.state.store(), &reason)?;
+                let lock = StateLock::take(&options.state_dir).await?;
+                start_server(&identity, &binary, &conf, &options, lock).await?
+            }
+            started => started?,
+        };
         if !bootstrap::is_done(identity.state.path()) {
             found_or_return(&identity, &binary, options.join.is_some()).await?;
         }
@@ -199,7 +198,8 @@ impl Fabric {
         self.tasks.spawn(self.exchange().run(hellos));
         self.tasks.spawn(self.rotation().run(keys_said, keys_handed));
         self.tasks.spawn(self.answers.clone().hear(answers));
-        self.tasks.spawn(watchdog::watch(self.server.clone(), self.identity.ports.monitor, watchdog::PERIOD));
+        let (address, store) = (self.identity.ports.monitor, self.identity.state.store());
+        self.tasks.spawn(watchdog::watch(self.server.clone(), address, store, watchdog::PERIOD));
         Ok((self, incoming))
     }
 
@@ -449,6 +449,32 @@ impl Fabric {
         match Arc::into_inner(server) {
             Some(server) => server.stop().await,
             None => debug!("the server is still in use: it ends with its last user"),
+        }
+    }
+}
+
+/// Starts the server, and waits until it is ready.
+async fn start_server(
+    identity: &Identity,
+    binary: &std::path::Path,
+    conf: &str,
+    options: &FabricOptions,
+    lock: StateLock,
+) -> Result<Server, FabricError> {
+    let setup = ServerSetup {
+        name: identity.node.as_str(),
+        binary,
+        conf_path: identity.state.conf(),
+        conf,
+        memory_limit_mib: Some(options.memory_budget_mib),
+        hushed: AS_EXPECTED.to_vec(),
+    };
+    let server = Server::start(setup, Some(lock))?;
+    match server.ready(&identity.ports).await {
+        Ok(()) => Ok(server),
+        Err(e) => {
+            server.stop().await;
+            Err(e)
         }
     }
 }

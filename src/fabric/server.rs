@@ -159,6 +159,16 @@ impl Server {
         self.supervisor.kill_and_restart();
     }
 
+    /// Why it cannot use what it has stored, when that is why it does not start.
+    pub fn store_damage(&self) -> Option<String> {
+        match &*self.health.borrow() {
+            Health::Down { exit, times } if *times >= MAX_EARLY_EXITS => {
+                exit.message.clone().filter(|message| is_damage(message))
+            }
+            _ => None,
+        }
+    }
+
     /// Whether it is ready, by its own account.
     pub fn is_ready(&self) -> bool {
         matches!(*self.health.borrow(), Health::Ready)
@@ -180,6 +190,11 @@ impl Server {
         // A task that was cancelled has dropped the supervisor, which kills the server.
         let _ = tokio::task::spawn_blocking(move || supervisor.stop()).await;
     }
+}
+
+/// Whether a server that said this cannot read what it has stored.
+pub fn is_damage(message: &str) -> bool {
+    message.starts_with("Can't start JetStream")
 }
 
 fn never_ready(exit: &Exit) -> FabricError {

@@ -2,12 +2,14 @@
 //! while, is ended; one without a leader or without peers is well.
 
 use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio::time::sleep;
 use tracing::warn;
 
+use super::error::FabricError;
 use super::monitor;
 use super::server::Server;
 
@@ -17,10 +19,16 @@ pub(super) const PERIOD: Duration = Duration::from_secs(10);
 const MAX_FAILURES: u32 = 3;
 
 /// Until it is aborted.
-pub(super) async fn watch(server: Arc<Server>, address: SocketAddr, period: Duration) {
+pub(super) async fn watch(server: Arc<Server>, address: SocketAddr, store: PathBuf, period: Duration) {
     let mut failures = 0;
     loop {
         sleep(period).await;
+        if let Some(why) = server.store_damage() {
+            // The next one finds none, and is told by its peers what there is.
+            if let Err(e) = set_aside(&store, &why) {
+                warn!("{e}");
+            }
+        }
         // One that is starting is the supervisor's business.
         let failed = server.is_ready() && !monitor::is_healthy(address).await;
         failures = if failed { failures + 1 } else { 0 };
@@ -30,6 +38,20 @@ pub(super) async fn watch(server: Arc<Server>, address: SocketAddr, period: Dura
             failures = 0;
         }
     }
+}
+
+/// Keeps what a server has stored and cannot read for whoever wants to look at it, out of its way. Rows are in SQLite files.
+pub(super) fn set_aside(store: &Path, why: &str) -> Result<(), FabricError> {
+    let failed = |source| FabricError::System { what: "cannot set the damaged streams aside", source };
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let aside = store.with_extension(format!("damaged-{}", since.as_secs()));
+    std::fs::rename(store, &aside).map_err(failed)?;
+    warn!(
+        "nats-server cannot use what it has stored ({why}): that is kept as {}, and it starts without; no row is lost, and \
+         streams with copies on other nodes come back from there",
+        aside.display()
+    );
+    Ok(())
 }
 
 #[cfg(test)]
@@ -61,7 +83,8 @@ mod tests {
         let server = Server::start(setup, None).expect("a thread");
         server.ready(&ports).await.expect("it starts");
         let server = Arc::new(server);
-        let task = tokio::spawn(watch(server.clone(), ports.monitor, Duration::from_millis(20)));
+        let task =
+            tokio::spawn(watch(server.clone(), ports.monitor, PathBuf::new(), Duration::from_millis(20)));
         sleep(Duration::from_millis(500)).await;
         assert_eq!(server.restarts(), 0, "twenty good answers");
 

@@ -114,7 +114,11 @@ fn a_server_that_is_killed_hangs_or_loses_its_port_comes_back() {
     };
     let children = |node: &Node| {
         let id = node.process.as_ref().unwrap().id();
-        std::fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap_or_default()
+        let threads = std::fs::read_dir(format!("/proc/{id}/task")).unwrap().flatten();
+        // A thread that has ended has none.
+        threads
+            .map(|t| std::fs::read_to_string(t.path().join("children")).unwrap_or_default())
+            .collect::<String>()
     };
     let log = |node: &Node, text: &str| node.log.lock().unwrap().iter().any(|l| l.contains(text));
     let mut restarts = 0;

@@ -4,7 +4,7 @@ use litemesh::core::names::NodeName;
 use litemesh::fabric::FabricError;
 use serde_json::json;
 
-use crate::support::{Node, PATIENCE, Site, api, commit, eventually, pair, until_heard};
+use crate::support::{Node, PATIENCE, Site, api, commit, eventually, pair, until_heard, within};
 
 /// A stream of the host's programs with this many messages.
 async fn app_stream(site: &Site, name: &str, tag: Option<&str>, messages: usize) -> async_nats::Client {
@@ -115,7 +115,8 @@ async fn a_survivor_of_two_is_rescued_by_its_operators_word() {
     until_heard(&a, &mut c, "welcome").await;
     assert!(!c.fabric.server_info().await.log.exists && !c.fabric.can_decide().await);
     a.fabric.rescue(&gone).await.expect("rescued");
-    c.log_exists().await;
+    let made = async || c.fabric.server_info().await.log.exists;
+    within(4 * PATIENCE, "the new one has its log", made).await;
     eventually("b is forgotten", async || !knows(&a, &b_site.name) && !knows(&c, &b_site.name)).await;
     app_stream(&c_site, "new", None, 1).await;
     a.fabric.shutdown().await;

@@ -186,8 +186,12 @@ pub async fn until_heard(sender: &Node, receiver: &mut Node, text: &'static str)
     timeout(PATIENCE, wait).await.expect("the message gets through");
 }
 
-pub async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool) {
-    let until = Instant::now() + PATIENCE;
+pub async fn eventually(what: &str, holds: impl AsyncFnMut() -> bool) {
+    within(PATIENCE, what, holds).await;
+}
+
+pub async fn within(patience: Duration, what: &str, mut holds: impl AsyncFnMut() -> bool) {
+    let until = Instant::now() + patience;
     while !holds().await {
         assert!(Instant::now() < until, "never: {what}");
         tokio::time::sleep(Duration::from_millis(20)).await;

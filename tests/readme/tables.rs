@@ -16,7 +16,7 @@ use crate::text::{code_spans, readme, root, section, table, words};
 /// Options of other programs that README names.
 const FOREIGN_OPTIONS: [&str; 3] = ["--release", "--workspace", "--bench"];
 /// Variables that are no options.
-const OTHER_VARIABLES: [&str; 11] = [
+const OTHER_VARIABLES: [&str; 12] = [
     "LITEMESH_CONFIG",
     "LITEMESH_FAULTS_NODES",
     "LITEMESH_FAULTS_OTHER_BINARY",
@@ -28,6 +28,7 @@ const OTHER_VARIABLES: [&str; 11] = [
     "LITEMESH_SIM_SEEDS",
     "LITEMESH_SIM_WORLD",
     "LITEMESH_TEST_CLOCK_OFFSET_MS",
+    "LITEMESH_TEST_SLOW",
 ];
 
 fn set<T: Into<String>>(items: impl IntoIterator<Item = T>) -> BTreeSet<String> {
