@@ -87,10 +87,9 @@ pub async fn run(config: Config, started: impl FnOnce(&Started)) -> Result<()> {
     let page = listener.local_addr()?;
     let options = fabric_options(&config)?;
     let (joins, listed) = (options.join.is_some(), !options.peers.is_empty());
-    let (fabric, incoming) = Fabric::start(options).await?;
+    let (fabric, incoming) = Fabric::start(options).await.map(|(f, i)| (Arc::new(f), i))?;
     // Of nodes that start together the founder's files come first: the others wait until it has taken them in.
     let (founds, follows) = (fabric.is_founder(), listed && !fabric.is_founder());
-    let fabric = Arc::new(fabric);
     let token = fabric.join_token()?;
     let (outgoing, to_send) = mpsc::channel(OUTGOING);
     let router = Router::new(config.name.clone(), outgoing.clone(), state.spool(), config.max_skew);

@@ -96,6 +96,7 @@ fn start_helper(founding: &Founding<'_>, name: &str, dir: &Path) -> Result<Serve
         cluster,
         advertise: None,
         routes: &routes,
+        joins: false,
         store_dir: &store_dir,
         ..founding.conf
     };

@@ -12,6 +12,9 @@ use super::subjects;
 /// The largest message any account may send.
 pub const MAX_PAYLOAD_BYTES: usize = 8 * 1024 * 1024;
 
+/// So many nodes that join at once do not take themselves for the whole cluster.
+const JOINERS: usize = 16;
+
 /// What makes one server's configuration differ from another's.
 #[derive(Debug, Clone)]
 pub struct ServerConf<'a> {
@@ -31,6 +34,8 @@ pub struct ServerConf<'a> {
     pub advertise: Option<&'a Address>,
     /// The peers it dials.
     pub routes: &'a [Address],
+    /// It comes into a cluster that exists, with an empty disk.
+    pub joins: bool,
     /// The directory of its streams.
     pub store_dir: &'a Path,
     /// The most all streams together may take on disk.
@@ -102,7 +107,14 @@ fn write_cluster(out: &mut String, conf: &ServerConf<'_>) -> std::fmt::Result {
     // Without any route the server is not clustered. The one to itself costs nothing (it knows its own addresses),
     // and as the first host name it is the name that peers dialled by IP address are checked for.
     writeln!(out, "  routes: [")?;
-    writeln!(out, "    {}", quote(&format!("nats://{COMMON_NAME}:{}", conf.cluster.port())))?;
+    // A server with an empty disk takes the cluster to be as large as it has routes, and as many with empty disks elect one
+    // of them, over the head of a server that leads a cluster of one: its streams would be lost. So few never count as all.
+    let own = format!("nats://{COMMON_NAME}:{}", conf.cluster.port());
+    writeln!(out, "    {}", quote(&own))?;
+    for n in 1..if conf.joins { JOINERS } else { 1 } {
+        // Equal ones are counted once.
+        writeln!(out, "    {}", quote(&format!("{own}/{n}")))?;
+    }
     for route in conf.routes {
         writeln!(out, "    {}", quote(&format!("nats://{route}")))?;
     }
@@ -181,6 +193,7 @@ mod tests {
             cluster: "[::]:6222".parse().expect("an address"),
             advertise,
             routes: &routes,
+            joins: false,
             store_dir: Path::new("/state/a \"b\"\\c"),
             store_limit_mib: 2,
             certs: &certs,
@@ -219,6 +232,16 @@ mod tests {
     fn what_is_open_to_others_is_encrypted() {
         let text = text(None, |conf| conf.client = "0.0.0.0:4222".parse().expect("an address"));
         assert!(text.contains("\ntls { cert_file: \"/s/crt\", key_file: \"/s/key\" }"));
+    }
+
+    #[test]
+    fn who_joins_never_takes_others_who_join_for_the_whole_cluster() {
+        let routes = |text: String| {
+            let own = text.lines().map(str::trim).filter(|l| l.starts_with("\"nats://localhost:6222"));
+            own.map(str::to_owned).collect::<std::collections::BTreeSet<_>>().len()
+        };
+        assert_eq!(routes(text(None, |conf| conf.joins = true)), JOINERS);
+        assert_eq!(routes(text(None, |_| {})), 1);
     }
 
     #[test]

@@ -34,6 +34,8 @@ pub(super) struct Identity {
     pub(super) accounts: Accounts,
     pub(super) ports: Ports,
     pub(super) state: StateDir,
+    /// It came into its mesh with this start.
+    joins: bool,
     store: PathBuf,
     store_limit_mib: u64,
 }
@@ -108,6 +110,7 @@ impl Identity {
             cert_files: certs.save(&state.tls())?,
             accounts: Accounts::load_or_create(&state.accounts())?,
             ports: Ports::choose(options.cluster, options.client)?,
+            joins: stored.is_none() && !members.routes(&own).is_empty(),
             store: state.store(),
             store_limit_mib: options.store_limit_mib,
             secrets: Mutex::new(Secrets { ring, certs }),
@@ -182,6 +185,7 @@ impl Identity {
             cluster: self.ports.cluster,
             advertise: self.advertise.as_ref(),
             routes,
+            joins: self.joins,
             store_dir: &self.store,
             store_limit_mib: self.store_limit_mib,
             certs: &self.cert_files,
