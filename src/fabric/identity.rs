@@ -110,7 +110,7 @@ impl Identity {
             cert_files: certs.save(&state.tls())?,
             accounts: Accounts::load_or_create(&state.accounts())?,
             ports: Ports::choose(options.cluster, options.client)?,
-            joins: stored.is_none() && !members.routes(&own).is_empty(),
+            joins: stored.is_none() && founder.is_none() && !members.routes(&own).is_empty(),
             store: state.store(),
             store_limit_mib: options.store_limit_mib,
             secrets: Mutex::new(Secrets { ring, certs }),
@@ -127,6 +127,7 @@ impl Identity {
         Ok(Self {
             node: self.node.clone(),
             mesh_id: self.mesh_id.clone(),
+            joins: self.joins,
             hosts: self.hosts.clone(),
             own: self.own.clone(),
             advertise: None,

@@ -70,7 +70,7 @@ fn application(disk: &Disk, round: usize) -> Child {
     std::thread::spawn(move || {
         // A checkpoint synchronises the log, too: with many, what is lost is in the file itself; without, all that nobody
         // has synchronised by itself is lost.
-        let pages = if round % 2 == 0 { 40 } else { 100_000 };
+        let pages = if round.is_multiple_of(2) { 40 } else { 100_000 };
         let first =
             format!(".timeout 20000\nPRAGMA synchronous = NORMAL;\nPRAGMA wal_autocheckpoint = {pages};\n");
         let mut sent = input.write_all(first.as_bytes());
@@ -119,7 +119,7 @@ fn what_a_peer_has_survives_a_power_cut_at_its_origin() {
         let here = format!("SELECT count(*) FROM t WHERE id LIKE '{round}-%'");
         wait_for("rows at the peer", || count(&b, &here) > 30 + 20 * round as i64);
         // Both at the same moment, as far as that goes: the one first, or the other.
-        if round % 2 == 0 {
+        if round.is_multiple_of(2) {
             app.kill().unwrap();
             a.kill();
         } else {
