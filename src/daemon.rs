@@ -43,7 +43,9 @@ use crate::core::message::Message;
 use crate::core::names::DbName;
 use crate::fabric::keys::MeshKey;
 use crate::fabric::link::Outgoing;
-use crate::fabric::{Fabric, FabricError, FabricOptions, JoinToken, LogLimits, LogReplicas, StateDir};
+use crate::fabric::{
+    Fabric, FabricError, FabricOptions, JoinToken, LeafHub, LogLimits, LogReplicas, StateDir,
+};
 use crate::replica::adopt;
 use crate::sqlite;
 use crate::status::http;
@@ -203,6 +205,7 @@ fn fabric_options(config: &Config) -> Result<FabricOptions> {
     // The server refuses a stream that may grow beyond this; the rest is for programs of the host.
     let with_log_mib = config.log_max_bytes.div_ceil(1 << 20) + OTHER_STREAMS_MIB;
     options.store_limit_mib = options.store_limit_mib.max(with_log_mib);
+    options.leaf = config.leaf.clone().map(|l| LeafHub { url: l.url, credentials: l.credentials, ca: l.ca });
     options.peers = config.peers.iter().map(|p| p.to_string().parse()).collect::<Result<_, _>>()?;
     let belongs = StateDir::new(&config.state_dir).key().exists();
     options.key = match &config.key_file {
@@ -222,7 +225,8 @@ fn fabric_options(config: &Config) -> Result<FabricOptions> {
 fn read_key(path: &std::path::Path) -> Result<MeshKey> {
     let text = std::fs::read_to_string(path)
         .with_context(|| format!("cannot read the key in {}", path.display()))?;
-    MeshKey::parse(&text).with_context(|| {
+    let of_token = || text.parse::<JoinToken>().ok().map(|token| token.key().clone());
+    MeshKey::parse(&text).or_else(of_token).with_context(|| {
         format!(
             "{} holds no key: make one with 'openssl rand -base64 32', the same for all nodes",
             path.display()

@@ -52,6 +52,17 @@ pub struct UpArgs {
     /// A file with the mesh's key: 32 random bytes in Base64, the same on every node.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["join", "join_file"])]
     pub key_file: Option<PathBuf>,
+    /// The leafnode port of another NATS system, which this host's programs reach then, such as tls://hub:7422.
+    ///
+    /// A password in it can be seen in the list of processes: use --leaf-credentials, or LITEMESH_LEAF_URL.
+    #[arg(long, value_name = "URL")]
+    pub leaf_url: Option<String>,
+    /// A file with credentials for it.
+    #[arg(long, value_name = "FILE")]
+    pub leaf_credentials: Option<PathBuf>,
+    /// A file with the CA of its certificate.
+    #[arg(long, value_name = "FILE")]
+    pub leaf_ca: Option<PathBuf>,
     /// A TOML file with any of these options.
     #[arg(long, value_name = "FILE", env = "LITEMESH_CONFIG")]
     pub config: Option<PathBuf>,
@@ -167,6 +178,9 @@ impl UpArgs {
             join_file: self.join_file.clone(),
             peers: list(&self.peers),
             key_file: self.key_file.clone(),
+            leaf_url: self.leaf_url.clone(),
+            leaf_credentials: self.leaf_credentials.clone(),
+            leaf_ca: self.leaf_ca.clone(),
             journal,
             schema,
             include: list(&self.include),

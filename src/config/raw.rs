@@ -24,6 +24,9 @@ pub const KEYS: &[&str] = &[
     "join_file",
     "peers",
     "key_file",
+    "leaf_url",
+    "leaf_credentials",
+    "leaf_ca",
     "journal",
     "schema",
     "include",
@@ -75,6 +78,12 @@ pub struct Raw {
     pub peers: Option<Vec<String>>,
     /// A file with the mesh's key.
     pub key_file: Option<PathBuf>,
+    /// The leafnode port of another NATS system: may hold a secret.
+    pub leaf_url: Option<String>,
+    /// A file with credentials for it.
+    pub leaf_credentials: Option<PathBuf>,
+    /// A file with its CA.
+    pub leaf_ca: Option<PathBuf>,
     /// `wal` or `keep`.
     pub journal: Option<String>,
     /// `replicate` or `manual`.
@@ -163,7 +172,8 @@ impl Raw {
     }
 
     fn start_from(&mut self, dir: &Path) {
-        for path in [&mut self.state_dir, &mut self.join_file, &mut self.key_file].into_iter().flatten() {
+        let files = [&mut self.join_file, &mut self.key_file, &mut self.leaf_credentials, &mut self.leaf_ca];
+        for path in files.into_iter().chain([&mut self.state_dir]).into_iter().flatten() {
             *path = dir.join(&*path);
         }
         for database in self.databases.iter_mut().flatten() {
@@ -210,6 +220,9 @@ impl Raw {
             "join_file" => self.join_file = Some(value.into()),
             "peers" => self.peers = list(),
             "key_file" => self.key_file = Some(value.into()),
+            "leaf_url" => self.leaf_url = text(),
+            "leaf_credentials" => self.leaf_credentials = Some(value.into()),
+            "leaf_ca" => self.leaf_ca = Some(value.into()),
             "name" => self.name = text(),
             "cluster" => self.cluster = text(),
             "advertise" => self.advertise = text(),
@@ -261,6 +274,9 @@ impl Raw {
             join_file,
             peers: self.peers.or(below.peers),
             key_file: self.key_file.or(below.key_file),
+            leaf_url: self.leaf_url.or(below.leaf_url),
+            leaf_credentials: self.leaf_credentials.or(below.leaf_credentials),
+            leaf_ca: self.leaf_ca.or(below.leaf_ca),
             journal: self.journal.or(below.journal),
             schema: self.schema.or(below.schema),
             include: self.include.or(below.include),

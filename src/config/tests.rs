@@ -102,6 +102,7 @@ fn every_key_can_be_set_in_the_file_and_in_the_environment() {
         "databases" => "['x.db']",
         "include" | "exclude" | "rekey" | "whole_row" | "by_column" => "['a*']",
         "cluster" => "'1.2.3.4:1'",
+        "leaf_url" => "'tls://hub:7422'",
         "peers" => "['10.0.0.1:6222']",
         "client" | "http" => "'localhost:0'",
         "advertise" => "'[::1]:7'",
@@ -129,6 +130,7 @@ fn every_key_can_be_set_in_the_file_and_in_the_environment() {
         assert!(raw.cluster.is_some() && raw.client.is_some() && raw.http.is_some());
         assert!(raw.advertise.is_some() && raw.journal.is_some() && raw.schema.is_some());
         assert!(raw.peers.is_some() && raw.key_file.is_some() && raw.cdc == Some(true));
+        assert!(raw.leaf_url.is_some() && raw.leaf_credentials.is_some() && raw.leaf_ca.is_some());
         assert!(raw.rekey.is_some() && raw.whole_row.is_some() && raw.by_column.is_some());
         assert!(raw.conflicts_age.is_some() && raw.conflicts_max.is_some());
         assert!(raw.log_max_bytes.is_some() && raw.log_max_age.is_some());

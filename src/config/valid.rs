@@ -101,6 +101,38 @@ impl Join {
     }
 }
 
+/// Where another NATS system takes leafnodes. The URL is never printed: it may hold a password.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Leaf {
+    /// Its URL.
+    pub url: String,
+    /// A file with credentials.
+    pub credentials: Option<PathBuf>,
+    /// A file with its CA.
+    pub ca: Option<PathBuf>,
+}
+
+impl fmt::Debug for Leaf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Leaf").field("credentials", &self.credentials).finish_non_exhaustive()
+    }
+}
+
+fn leaf(
+    url: Option<String>,
+    credentials: Option<&Path>,
+    ca: Option<&Path>,
+) -> Result<Option<Leaf>, ConfigError> {
+    let wrong = |why: &str| Err(ConfigError::value("leaf_url", "(not shown)", why));
+    // Without a hub they are for nobody.
+    let Some(url) = url else { return Ok(None) };
+    let known = ["nats-leaf://", "nats://", "tls://"].iter().any(|scheme| url.starts_with(scheme));
+    if !known || url.contains(char::is_whitespace) {
+        return wrong("write the hub's leafnode port, such as tls://hub.example:7422");
+    }
+    Ok(Some(Leaf { url, credentials: credentials.map(absolute), ca: ca.map(absolute) }))
+}
+
 /// What to do with the journal mode of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Journal {
@@ -163,6 +195,8 @@ pub struct Config {
     pub peers: Vec<Advertise>,
     /// A file with the mesh's key.
     pub key_file: Option<PathBuf>,
+    /// Another NATS system that this host's programs are connected to.
+    pub leaf: Option<Leaf>,
     /// What to do with journal modes.
     pub journal: Journal,
     /// What happens to changes of the schema.
@@ -226,6 +260,7 @@ pub fn validate(raw: Raw, around: &Surroundings) -> Result<Config, ConfigError> 
         join,
         peers: peers.iter().map(|p| host_and_port("peers", p)).collect::<Result<_, _>>()?,
         key_file: raw.key_file.as_deref().map(absolute),
+        leaf: leaf(raw.leaf_url, raw.leaf_credentials.as_deref(), raw.leaf_ca.as_deref())?,
         journal: journal(raw.journal.as_deref())?,
         schema: schema(raw.schema.as_deref())?,
         tables: TableFilter {

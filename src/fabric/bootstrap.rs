@@ -93,6 +93,7 @@ fn start_helper(founding: &Founding<'_>, name: &str, dir: &Path) -> Result<Serve
         client,
         monitor,
         gate: None,
+        leaf: None,
         cluster,
         advertise: None,
         routes: &routes,

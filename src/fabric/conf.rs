@@ -7,6 +7,7 @@ use std::path::Path;
 use super::accounts::{APP_USER, Accounts, GATE_USER, MESH_USER, SYS_USER};
 use super::address::Address;
 use super::certs::{COMMON_NAME, CertFiles};
+use super::options::LeafHub;
 use super::subjects;
 
 /// The largest message any account may send.
@@ -40,6 +41,8 @@ pub struct ServerConf<'a> {
     pub store_dir: &'a Path,
     /// The most all streams together may take on disk.
     pub store_limit_mib: u64,
+    /// What the programs' account is connected to.
+    pub leaf: Option<&'a LeafHub>,
     /// Its certificate.
     pub certs: &'a CertFiles,
     /// Its users.
@@ -132,6 +135,9 @@ fn write_accounts(out: &mut String, conf: &ServerConf<'_>) -> std::fmt::Result {
         writeln!(out, "  no_advertise: true")?;
         let (name, password) = (quote(GATE_USER), quote(accounts.gate.reveal()));
         writeln!(out, "  authorization {{ user: {name}, password: {password}, account: GATE }}")?;
+        if let Some(hub) = conf.leaf {
+            write_leaf(out, hub)?;
+        }
         writeln!(out, "}}")?;
     }
     writeln!(out, "accounts {{")?;
@@ -152,6 +158,20 @@ fn write_accounts(out: &mut String, conf: &ServerConf<'_>) -> std::fmt::Result {
     writeln!(out, "  GATE {{ }}")?;
     writeln!(out, "}}")?;
     writeln!(out, "system_account: SYS")
+}
+
+fn write_leaf(out: &mut String, hub: &LeafHub) -> std::fmt::Result {
+    let file = |path: &Path| quote(&path.display().to_string());
+    writeln!(out, "  remotes: [{{")?;
+    writeln!(out, "    urls: [{}]", quote(&hub.url))?;
+    writeln!(out, "    account: APP")?;
+    if let Some(path) = &hub.credentials {
+        writeln!(out, "    credentials: {}", file(path))?;
+    }
+    if let Some(path) = &hub.ca {
+        writeln!(out, "    tls {{ ca_file: {} }}", file(path))?;
+    }
+    writeln!(out, "  }}]")
 }
 
 fn cert_and_key(certs: &CertFiles) -> String {
@@ -196,6 +216,7 @@ mod tests {
             joins: false,
             store_dir: Path::new("/state/a \"b\"\\c"),
             store_limit_mib: 2,
+            leaf: None,
             certs: &certs,
             accounts: &accounts,
         };
@@ -242,6 +263,23 @@ mod tests {
         };
         assert_eq!(routes(text(None, |conf| conf.joins = true)), JOINERS);
         assert_eq!(routes(text(None, |_| {})), 1);
+    }
+
+    #[test]
+    fn a_hub_is_connected_to_the_programs_account_alone() {
+        let hub: &'static LeafHub = Box::leak(Box::new(LeafHub {
+            url: "tls://hub.example:7422".to_owned(),
+            credentials: Some("/s/hub.creds".into()),
+            ca: Some("/s/hub.ca".into()),
+        }));
+        let text = text(None, |conf| conf.leaf = Some(hub));
+        for wanted in [
+            "urls: [\"tls://hub.example:7422\"]\n    account: APP\n",
+            "credentials: \"/s/hub.creds\"",
+            "tls { ca_file: \"/s/hub.ca\" }",
+        ] {
+            assert!(text.contains(wanted), "{wanted} is missing in\n{text}");
+        }
     }
 
     #[test]

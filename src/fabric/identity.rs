@@ -12,7 +12,7 @@ use super::error::FabricError;
 use super::keyring::KeyRing;
 use super::keys::MeshKey;
 use super::members::Members;
-use super::options::{FabricOptions, StateDir};
+use super::options::{FabricOptions, LeafHub, StateDir};
 use super::preflight::{Peer, PreflightError};
 use super::rendezvous::{self, Door, Met};
 use super::server::{Ports, free_loopback};
@@ -38,6 +38,7 @@ pub(super) struct Identity {
     joins: bool,
     store: PathBuf,
     store_limit_mib: u64,
+    leaf: Option<LeafHub>,
 }
 
 /// What changes when the mesh's key does.
@@ -113,6 +114,7 @@ impl Identity {
             joins: stored.is_none() && founder.is_none() && !members.routes(&own).is_empty(),
             store: state.store(),
             store_limit_mib: options.store_limit_mib,
+            leaf: options.leaf.clone(),
             secrets: Mutex::new(Secrets { ring, certs }),
             hosts,
             own,
@@ -138,6 +140,7 @@ impl Identity {
             state: self.state.clone(),
             store: self.store.clone(),
             store_limit_mib: self.store_limit_mib,
+            leaf: None,
         })
     }
 
@@ -189,6 +192,7 @@ impl Identity {
             joins: self.joins,
             store_dir: &self.store,
             store_limit_mib: self.store_limit_mib,
+            leaf: self.leaf.as_ref(),
             certs: &self.cert_files,
             accounts: &self.accounts,
         }

@@ -39,6 +39,6 @@ pub use log_copies::{LogCopies, LogReplicas};
 pub use log_stream::{LogLimits, LogState, stream_name};
 pub use members::MembersError;
 pub use nats::{Fabric, MAX_MESSAGE_BYTES, ServerInfo};
-pub use options::{FabricOptions, StateDir};
+pub use options::{FabricOptions, LeafHub, StateDir};
 pub use private_file::StateFileError;
 pub use token::{JoinToken, TokenError};

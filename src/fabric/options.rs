@@ -1,6 +1,7 @@
 //! What a fabric is started with, and where it keeps what it knows. Invariant: every path of the state directory is
 //! made here.
 
+use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
 
@@ -10,6 +11,23 @@ use super::keys::MeshKey;
 use super::log_stream::LogLimits;
 use super::token::JoinToken;
 use crate::core::names::NodeName;
+
+/// Another NATS system that the host's programs are connected to.
+#[derive(Clone, PartialEq, Eq)]
+pub struct LeafHub {
+    /// Its leafnode port; may hold a user and a password.
+    pub url: String,
+    /// A file with credentials for it.
+    pub credentials: Option<PathBuf>,
+    /// A file with the CA that its certificate is checked against.
+    pub ca: Option<PathBuf>,
+}
+
+impl fmt::Debug for LeafHub {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LeafHub").field("credentials", &self.credentials).finish_non_exhaustive()
+    }
+}
 
 /// How a node's fabric is started.
 #[derive(Debug, Clone)]
@@ -30,6 +48,8 @@ pub struct FabricOptions {
     pub peers: Vec<Address>,
     /// The mesh's secret, if it is not in the state directory yet.
     pub key: Option<MeshKey>,
+    /// What the programs' account is connected to, besides the mesh.
+    pub leaf: Option<LeafHub>,
     /// The memory nats-server should stay within.
     pub memory_budget_mib: u64,
     /// What this node's log keeps.
@@ -52,6 +72,7 @@ impl FabricOptions {
             client,
             join: None,
             peers: Vec::new(),
+            leaf: None,
             key: None,
             memory_budget_mib: 64,
             log: LogLimits::default(),

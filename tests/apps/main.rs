@@ -5,6 +5,7 @@
 mod support;
 
 mod django;
+mod hub;
 mod isso;
 mod nats;
 mod shell;
