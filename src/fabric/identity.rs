@@ -141,6 +141,7 @@ impl Identity {
             store: self.store.clone(),
             store_limit_mib: self.store_limit_mib,
             leaf: None,
+            joins: false,
         })
     }
 
