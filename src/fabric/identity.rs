@@ -62,11 +62,8 @@ impl Identity {
         let mut ring = keys_to_begin_with(stored.as_ref(), options, &hosts).await?;
         let certs = Arc::new(NodeCerts::mint(&ring, options.node.as_str(), &hosts)?);
         // A list without a key is left of a join that did not come to its end: it says nothing.
-        let known = if stored.is_some() {
-            Members::load(&state.members())?.unwrap_or_default()
-        } else {
-            Members::default()
-        };
+        let known = stored.as_ref().map(|_| Members::load(&state.members())).transpose()?.flatten();
+        let known = known.unwrap_or_default();
         let mut founder = None;
         let mut members = match &options.join {
             None if !options.peers.is_empty() && !bootstrap::is_done(state.path()) => {
