@@ -153,6 +153,7 @@ impl Starter<'_> {
             count: self.config.conflicts_max,
         });
         let in_ms = |age: Duration| u64::try_from(age.as_millis()).unwrap_or(u64::MAX);
+        engine.give_way();
         engine.remember(Forgetting {
             me: Some(self.config.name.clone()),
             age_ms: in_ms(self.config.tombstones_age),

@@ -126,7 +126,6 @@ impl Identity {
         Ok(Self {
             node: self.node.clone(),
             mesh_id: self.mesh_id.clone(),
-            joins: self.joins,
             hosts: self.hosts.clone(),
             own: self.own.clone(),
             advertise: None,

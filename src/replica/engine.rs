@@ -3,12 +3,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::time::Instant;
 
 use super::absorb::OwnCommit;
 use super::apply::PeerCommit;
 use super::assemble::Assembler;
 use super::body::Body;
 use super::conflict::Retention;
+use super::courtesy::Courtesy;
 use super::forget::Members;
 use super::log_reading::LogReading;
 use super::progress::CatchUp;
@@ -130,6 +132,7 @@ pub struct Engine {
     retention: Retention,
     pruned_ms: u64,
     pub(super) members: Members,
+    pub(super) courtesy: Courtesy,
 }
 
 impl Engine {
@@ -154,7 +157,13 @@ impl Engine {
             retention: Retention::default(),
             pruned_ms: 0,
             members: Members::default(),
+            courtesy: Courtesy::default(),
         }
+    }
+
+    /// Gives way to programs that write, from now on.
+    pub fn give_way(&mut self) {
+        self.courtesy.give();
     }
 
     /// Says how long conflicts are kept.
@@ -235,6 +244,7 @@ impl Engine {
 
     pub(super) fn publish(&mut self, own: Option<OwnCommit>) {
         if let Some(own) = own {
+            self.courtesy.note_write();
             self.counters.commits_published += 1;
             self.counters.rows_published += own.header.rows;
             self.actions.push(Action::Publish(own));
@@ -430,6 +440,7 @@ impl Engine {
             if batch.is_empty() {
                 break;
             }
+            let started = Instant::now();
             let applied = match self.store.apply(&mut batch) {
                 Ok(applied) => applied,
                 Err(e) => {
@@ -437,6 +448,7 @@ impl Engine {
                     return Err(e);
                 }
             };
+            let took = started.elapsed();
             self.publish(applied.own);
             self.counters.commits_applied += applied.count as u64;
             for commit in &batch[..applied.count] {
@@ -452,6 +464,7 @@ impl Engine {
                 self.stop_feed(stopped, &error, now_ms);
             }
             rest.for_each(|c| self.add_pending(c));
+            self.courtesy.pause(applied.count, took);
         }
         self.absorb()?;
         self.prune(now_ms)?;

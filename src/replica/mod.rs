@@ -14,6 +14,7 @@ pub mod closing;
 pub mod compare;
 pub mod conflict;
 pub mod copy;
+mod courtesy;
 pub mod dates;
 pub mod engine;
 pub mod entry;

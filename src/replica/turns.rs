@@ -8,9 +8,6 @@ use crate::core::message::CommitHeader;
 use crate::core::vector::{Point, Vector};
 use crate::core::version::SiteId;
 
-/// Commits and bytes that go into one transaction: enough to share an fsync, few enough to be short.
-const BATCH_COMMITS: usize = 256;
-const BATCH_BYTES: u64 = 1024 * 1024;
 /// How long a commit waits for a cause whose feed is stopped.
 const CAUSAL_WAIT_MS: u64 = 10_000;
 
@@ -20,11 +17,12 @@ impl Engine {
         let mut vector = self.store.head().vector.clone();
         let mut batch = Vec::new();
         let mut bytes = 0;
+        let most = self.courtesy.batch();
         loop {
             let before = batch.len();
             let sites: Vec<SiteId> = self.feeds.keys().copied().collect();
             for site in sites {
-                while batch.len() < BATCH_COMMITS && bytes < BATCH_BYTES {
+                while batch.len() < most.commits && bytes < most.bytes {
                     let Some(commit) = self.next_of(site, &vector, now_ms) else { break };
                     bytes += commit.body.len();
                     let CommitHeader { to, hlc, id, .. } = commit.header;
