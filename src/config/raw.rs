@@ -173,7 +173,7 @@ impl Raw {
 
     fn start_from(&mut self, dir: &Path) {
         let files = [&mut self.join_file, &mut self.key_file, &mut self.leaf_credentials, &mut self.leaf_ca];
-        for path in files.into_iter().chain([&mut self.state_dir]).into_iter().flatten() {
+        for path in files.into_iter().chain([&mut self.state_dir]).flatten() {
             *path = dir.join(&*path);
         }
         for database in self.databases.iter_mut().flatten() {
