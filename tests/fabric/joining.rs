@@ -149,3 +149,27 @@ async fn a_removed_node_is_forgotten_by_all() {
     a.fabric.shutdown().await;
     b.fabric.shutdown().await;
 }
+
+/// Servers with empty disks that come at once must not take each other for the cluster, and elect one over the first node.
+#[tokio::test(flavor = "multi_thread")]
+async fn nodes_that_join_at_once_join_the_one_that_is_there() {
+    for _ in 0..4 {
+        let (a_site, b_site, c_site) = (Site::new("a"), Site::new("b"), Site::new("c"));
+        let a = a_site.start(None).await;
+        a.log_exists().await;
+        a.fabric.send(crate::support::commit(b"before")).await.expect("sent");
+        eventually("the log has it", async || a.fabric.server_info().await.log.acked > 0).await;
+        let join = a.fabric.join_token().expect("a token");
+        let (b, c) = tokio::join!(b_site.start(Some(join.clone())), c_site.start(Some(join)));
+        for node in [&a, &b, &c] {
+            let whole = async || {
+                let info = node.fabric.server_info().await;
+                (info.leader.as_deref(), info.servers) == (Some("a"), 3)
+            };
+            eventually("one cluster, led by the first", whole).await;
+        }
+        for node in [b, c, a] {
+            node.fabric.shutdown().await;
+        }
+    }
+}
