@@ -128,8 +128,13 @@ impl Store {
             rows.collect::<rusqlite::Result<_>>()?
         };
         let classes = self.view()?.1;
+        let gone = self.columns_gone_in_part()?;
         for (id, name, known_as, told) in found {
-            let into = self.plan_of(classes.of(&known_as));
+            let class = classes.of(&known_as);
+            if gone.iter().any(|column| column.table == class) {
+                self.recall(&ObjectKey::new(Kind::Table, class))?;
+            }
+            let into = self.plan_of(class);
             let into = into.ok_or_else(|| ReplicaError::NoTable(known_as.clone()))?;
             self.merge_table(&name, &into)?;
             if told {

@@ -107,10 +107,11 @@ impl Store {
         }
     }
 
-    /// A column that is about to be made here and is no new thing: it was dropped here before, or renamed from what is
-    /// not here. Its values are with others.
+    /// A column that is about to be made here and is no new thing: it was dropped here before, of this table or of one that
+    /// has become one with it, or renamed from what is not here. Its values are with others.
     fn recall_missing(&mut self, wanted: &Objects, have: &Objects) -> Result<()> {
         let revived = std::mem::take(&mut self.revived);
+        let gone = self.columns_gone_in_part()?;
         let is_target = |key: &ObjectKey| {
             wanted.iter().any(|(k, o)| {
                 k.kind == key.kind && k.table == key.table && o.gone && o.moved.as_deref() == Some(&key.name)
@@ -118,7 +119,9 @@ impl Store {
         };
         let is_here = |key: &ObjectKey| have.contains_key(&ObjectKey::new(Kind::Table, &key.table));
         let made = wanted.iter().filter(|(k, o)| k.kind == Kind::Column && !o.gone && !have.contains_key(k));
-        let lacking = made.map(|(k, _)| k).filter(|k| is_here(k) && (revived.contains(k) || is_target(k)));
+        let lacking = made
+            .map(|(k, _)| k)
+            .filter(|k| is_here(k) && (revived.contains(k) || gone.contains(k) || is_target(k)));
         for key in lacking.cloned().collect::<Vec<_>>() {
             self.recall(&key)?;
         }

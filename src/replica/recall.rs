@@ -1,13 +1,14 @@
 //! Rows that a file lacks because its table, or values because their column, was dropped or renamed here and turns out to
-//! live on elsewhere: it asks for them, and whoever has the table tells all of it again. Invariant: who is asked holds by then whatever the asker had ever been
-//! sent; rows are told as they are, tombstones included, so that to hear them twice changes nothing.
+//! live on elsewhere: it asks for them, and whoever has the table tells all of it again. Invariant: who is asked holds by
+//! then whatever the asker had ever been sent; rows are told as they are, tombstones included, so that to hear them twice
+//! changes nothing.
 
 use std::collections::BTreeSet;
 
 use super::Result;
 use super::identity::Classes;
 use super::plan::Plan;
-use super::schema::{Kind, ObjectKey};
+use super::schema::{Kind, ObjectKey, recorded};
 use super::store::Store;
 use crate::core::capture::{OP_INSERT, OP_TELL, OP_UPDATE, PREFIX, SCHEMA, state_table};
 use crate::core::sqltext::{ident, list};
@@ -49,6 +50,18 @@ impl Store {
             }
         }
         Ok(())
+    }
+
+    /// Columns that live in one of several tables that are one, and were dropped in another: where that was done their
+    /// values are gone, elsewhere not.
+    pub(super) fn columns_gone_in_part(&self) -> Result<BTreeSet<ObjectKey>> {
+        let (all, classes) = (recorded(&self.conn)?, Classes::read(&self.conn)?);
+        let columns = || all.iter().filter(|(k, _)| k.kind == Kind::Column);
+        let of_class = |k: &ObjectKey| ObjectKey { table: classes.of(&k.table).to_owned(), ..k.clone() };
+        let living: BTreeSet<ObjectKey> =
+            columns().filter(|(_, o)| !o.gone).map(|(k, _)| of_class(k)).collect();
+        let gone = columns().filter(|(_, o)| o.gone).map(|(k, _)| of_class(k));
+        Ok(gone.filter(|k| living.contains(k)).collect())
     }
 
     /// From now on the table's rows are told to whoever has not got them from this file, whatever else it says to have:

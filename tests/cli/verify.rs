@@ -214,6 +214,7 @@ fn while_both_write_only_what_is_different_is_told_and_repaired() {
     wait_for("a part is repaired", || negative(&b) < 8_900);
     a.kill();
     a.start(None);
+    wait_for("a sees b again", || a.status()["peers"][0]["live"] == true);
     // Whoever asked is told, once the new process does not know of it, or nothing was left to be done.
     drop(repairing);
     // All of them in one go: rows that are being written at that moment may be left.

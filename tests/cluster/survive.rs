@@ -43,7 +43,14 @@ async fn make_stream(node: &Node, name: &str) {
 async fn use_stream(node: &Node, name: &str, text: &str) -> Duration {
     let started = Instant::now();
     let context = jetstream(node).await;
-    let stored = context.publish(name.to_owned(), text.to_owned().into()).await.unwrap().await.unwrap();
+    // The server is there some milliseconds before its streams are.
+    let stored = loop {
+        match context.publish(name.to_owned(), text.to_owned().into()).await.unwrap().await {
+            Ok(stored) => break stored,
+            Err(e) if started.elapsed() > Duration::from_secs(30) => panic!("{e}"),
+            Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
+        }
+    };
     let stream = context.get_stream_no_info(name).await.unwrap();
     let read = stream.direct_get(stored.sequence).await.unwrap();
     assert_eq!(read.payload, text);
