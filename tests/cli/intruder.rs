@@ -81,8 +81,10 @@ fn files(dir: &Path) -> Vec<PathBuf> {
 fn secrets(node: &Node) -> Vec<String> {
     let read = |name: &str| std::fs::read_to_string(node.state_dir().join(name)).unwrap();
     let token = node.token();
-    let mut secrets =
-        vec![token.split(['@', '-']).nth(1).unwrap().to_owned(), read("mesh.key").trim().to_owned()];
+    // The key's own letters may be dashes.
+    let (_, key) = token.split_once('-').unwrap();
+    let mut secrets = vec![key.split('@').next().unwrap().to_owned(), read("mesh.key").trim().to_owned()];
+    assert!(secrets.iter().all(|s| s.len() >= 40), "whole keys");
     for file in ["accounts.json", "control.json"] {
         let words: Vec<String> = read(file).split('"').map(str::to_owned).collect();
         secrets.extend(words.into_iter().filter(|w| w.len() >= 20 && !w.contains([':', '.', '/'])));

@@ -89,8 +89,21 @@ impl Site {
     async fn log_in(&self, user: &str, password: impl Fn(Accounts) -> Password) -> async_nats::Client {
         let accounts = Accounts::load_or_create(&self.state().accounts()).expect("readable");
         let password = password(accounts).reveal().to_owned();
-        let options = async_nats::ConnectOptions::with_user_and_password(user.to_owned(), password);
-        options.connect(format!("nats://{}", self.client)).await.expect("connects")
+        let attempt = async || {
+            let (user, password) = (user.to_owned(), password.clone());
+            let options = async_nats::ConnectOptions::with_user_and_password(user, password);
+            options.connect(format!("nats://{}", self.client)).await
+        };
+        // A server that is just reading its configuration anew turns away who has not said its name yet.
+        for _ in 0..20 {
+            match attempt().await {
+                Ok(client) => return client,
+                Err(e) if e.kind() == async_nats::ConnectErrorKind::AuthorizationViolation => {}
+                Err(e) => panic!("it connects: {e}"),
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        panic!("{user} is turned away every time")
     }
 }
 
