@@ -1,6 +1,7 @@
 //! The composition root: builds a node from its configuration, runs it, and drains it in order. Invariant: shutting
 //! down goes from the files outwards: absorb, send, close, then stop the server.
 
+pub mod arriving;
 pub mod cdc;
 pub mod control;
 pub mod control_changes;

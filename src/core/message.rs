@@ -191,8 +191,8 @@ pub struct CopyPart {
     pub data: Bytes,
     /// Whether what the asker has there is the part.
     pub same: bool,
-    /// BLAKE3 of the whole.
-    pub hash: Option<[u8; 32]>,
+    /// BLAKE3 of the part.
+    pub hash: [u8; 32],
 }
 
 /// Encodes a message or a piece.

@@ -59,7 +59,7 @@ pub struct Router {
     workers: RwLock<BTreeMap<DbName, WorkerHandle>>,
     peers: Mutex<BTreeMap<NodeName, PeerInfo>>,
     waiting: Mutex<HashMap<u64, mpsc::Sender<CopyAnswer>>>,
-    copies: Copies,
+    copies: Arc<Copies>,
     /// Comparing rows with peers.
     pub(super) verifier: Verifier,
     /// What peers say of their clocks, and what that means.
@@ -183,7 +183,7 @@ impl Router {
             self.say_hello().await;
             self.judge_clocks();
             self.tell_who_is_missed();
-            self.copies.expire();
+            self.copies.expire(&self.databases());
             self.verifier.expire();
             tokio::time::sleep(HELLO_EVERY).await;
         }

@@ -2,9 +2,10 @@
 //! nobody has asked for a part for a while.
 
 use std::collections::{HashMap, HashSet};
+use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -14,8 +15,10 @@ use tracing::{info, warn};
 use super::router::{Router, held};
 use crate::core::message::{CopyPart, CopyRequest, Message};
 use crate::core::names::{DbName, NodeName};
+use crate::replica;
 use crate::replica::clock::steady_ms;
-use crate::replica::copy::{hash_file, write_copy};
+use crate::replica::copy::write_copy;
+use crate::replica::held::{HeldPages, Snapshot};
 
 /// The size of a part.
 pub const PART_BYTES: usize = 1024 * 1024;
@@ -30,24 +33,34 @@ const BACKGROUND_NICE: i32 = 10;
 /// For whom a copy is: a node has one of a database, or none.
 type Joiner = (NodeName, DbName);
 
+/// Where a copy is read from.
+enum Source {
+    /// The file itself.
+    Held(HeldPages),
+    /// A file of the spool directory, which has no name any more.
+    Spooled(File),
+}
+
+impl Source {
+    fn read(&self, offset: u64, len: usize) -> std::io::Result<Vec<u8>> {
+        let mut data = vec![0; len];
+        match self {
+            Self::Held(pages) => pages.read_exact_at(&mut data, offset)?,
+            Self::Spooled(file) => file.read_exact_at(&mut data, offset)?,
+        }
+        Ok(data)
+    }
+}
+
 struct Made {
     joiner: Joiner,
     /// The request that it was made for.
     request: u64,
-    path: PathBuf,
+    /// Who reads a part has a share: pages are held until the last has read.
+    source: Arc<Source>,
     size: u64,
-    /// Computed while the first parts are on their way.
-    hash: Arc<OnceLock<[u8; 32]>>,
     used: Instant,
     _place: OwnedSemaphorePermit,
-}
-
-impl Drop for Made {
-    fn drop(&mut self) {
-        if let Err(e) = std::fs::remove_file(&self.path) {
-            warn!("cannot delete {}: {e}", self.path.display());
-        }
-    }
 }
 
 /// The copies at hand.
@@ -56,23 +69,78 @@ pub struct Copies {
     made: Mutex<HashMap<u64, Made>>,
     /// Requests for which a copy is being made: they are asked again.
     making: Mutex<HashSet<u64>>,
+    /// Copies that are being put into the spool directory.
+    spilling: Mutex<HashSet<u64>>,
     places: Arc<Semaphore>,
 }
 
 impl Copies {
     /// No copies yet; they will be in `spool`.
-    pub fn new(spool: PathBuf) -> Self {
+    pub fn new(spool: PathBuf) -> Arc<Self> {
         let places = Arc::new(Semaphore::new(AT_ONCE));
-        Self { spool, made: Mutex::default(), making: Mutex::default(), places }
+        let (made, making, spilling) = (Mutex::default(), Mutex::default(), Mutex::default());
+        Arc::new(Self { spool, made, making, spilling, places })
     }
 
-    /// Deletes what nobody asks for.
-    pub fn expire(&self) {
-        held(self.made.lock()).retain(|_, m| m.used.elapsed() < KEEP);
+    /// Throws away what nobody asks for, and what databases that are not here any more have left; copies what was held
+    /// for long.
+    pub fn expire(self: &Arc<Self>, databases: &[DbName]) {
+        let mut long = Vec::new();
+        held(self.made.lock()).retain(|copy, made| {
+            if matches!(&*made.source, Source::Held(pages) if pages.is_long()) {
+                long.push((*copy, made.source.clone()));
+            }
+            made.used.elapsed() < KEEP && databases.contains(&made.joiner.1)
+        });
+        for (copy, source) in long {
+            if held(self.spilling.lock()).insert(copy) {
+                let copies = self.clone();
+                drop(in_background(move || copies.spill(copy, &source)));
+            }
+        }
+    }
+
+    /// Copies pages that are held, and lets them go.
+    fn spill(&self, copy: u64, source: &Source) {
+        let Source::Held(pages) = source else { return };
+        let spooled = self.spool_file(copy, |path| {
+            let file = File::options().create_new(true).read(true).write(true).open(path)?;
+            pages.copy_to(&file)
+        });
+        let mut all = held(self.made.lock());
+        match spooled {
+            Ok(file) => {
+                if let Some(made) = all.get_mut(&copy) {
+                    made.source = Arc::new(Source::Spooled(file));
+                }
+            }
+            Err(e) => {
+                all.remove(&copy);
+                warn!(
+                    "a copy for a node that joins takes long, and cannot be kept in {}: {e}",
+                    self.spool.display()
+                );
+            }
+        }
+        drop(all);
+        held(self.spilling.lock()).remove(&copy);
+    }
+
+    /// A file of the spool directory that is gone when nobody has it open.
+    fn spool_file<E: From<std::io::Error>>(
+        &self,
+        copy: u64,
+        write: impl FnOnce(&Path) -> Result<(), E>,
+    ) -> Result<File, E> {
+        let path = self.spool.join(format!("copy-{copy}.db"));
+        let written = write(&path).and_then(|()| Ok(File::open(&path)?));
+        // The disk may be full of it. What cannot be removed now goes at the next start.
+        drop(std::fs::remove_file(&path));
+        written
     }
 
     /// Answers a request.
-    pub async fn serve(&self, router: &Router, to: &NodeName, ask: CopyRequest) {
+    pub async fn serve(self: &Arc<Self>, router: &Router, to: &NodeName, ask: CopyRequest) {
         let request = ask.request;
         let part = match ask.copy {
             0 if !held(self.making.lock()).insert(request) => return,
@@ -96,7 +164,7 @@ impl Copies {
 
     /// A part of a copy; nothing if it is told that the copy is not needed any more.
     async fn part(&self, copy: u64, ask: &CopyRequest) -> Result<Option<CopyPart>, String> {
-        let (path, size, hash) = {
+        let (source, size) = {
             let mut all = held(self.made.lock());
             let made = all.get_mut(&copy).ok_or("the copy is gone")?;
             if ask.offset >= made.size {
@@ -104,24 +172,28 @@ impl Copies {
                 return Ok(None);
             }
             made.used = Instant::now();
-            (made.path.clone(), made.size, made.hash.get().copied())
+            (made.source.clone(), made.size)
         };
-        let (offset, have) = (ask.offset, ask.have);
+        let (request, offset, have) = (ask.request, ask.offset, ask.have);
         let len = size.saturating_sub(offset).min(PART_BYTES as u64) as usize;
-        let read = tokio::task::spawn_blocking(move || -> std::io::Result<(Vec<u8>, bool)> {
-            let mut data = vec![0; len];
-            std::fs::File::open(&path)?.read_exact_at(&mut data, offset)?;
-            let same = have.is_some_and(|h| h == *blake3::hash(&data).as_bytes());
-            Ok(if same { (Vec::new(), true) } else { (data, false) })
+        let read = tokio::task::spawn_blocking(move || -> std::io::Result<CopyPart> {
+            let data = source.read(offset, len)?;
+            let hash = *blake3::hash(&data).as_bytes();
+            let same = have == Some(hash);
+            let data = if same { Bytes::new() } else { Bytes::from(data) };
+            Ok(CopyPart { request, copy, size, offset, data, same, hash })
         });
-        let (data, same) =
-            read.await.map_err(|e| e.to_string())?.map_err(|e| format!("the copy cannot be read: {e}"))?;
-        let (request, data) = (ask.request, Bytes::from(data));
-        Ok(Some(CopyPart { request, copy, size, offset, data, same, hash }))
+        let part = read.await.map_err(|e| e.to_string())?;
+        part.map(Some).map_err(|e| format!("the copy cannot be read: {e}"))
     }
 
     /// The copy for a node that asks for one: the one that it had begun to fetch, if it goes on, or a new one.
-    async fn make(&self, router: &Router, to: &NodeName, ask: &CopyRequest) -> Result<u64, String> {
+    async fn make(
+        self: &Arc<Self>,
+        router: &Router,
+        to: &NodeName,
+        ask: &CopyRequest,
+    ) -> Result<u64, String> {
         let joiner: Joiner = (to.clone(), ask.db.clone());
         let worker = router.worker(&ask.db).ok_or("this node does not have that database")?;
         if let Some(copy) = self.begun(&joiner, ask) {
@@ -133,32 +205,31 @@ impl Copies {
         }
         let place = self.places.clone().acquire_owned().await.map_err(|e| e.to_string())?;
         let copy = (rand::random::<u64>() >> 1).max(1);
-        let path = self.spool.join(format!("copy-{copy}.db"));
-        let dest = path.clone();
-        let node = to.clone();
+        let (node, copies) = (to.clone(), self.clone());
         info!(db = %ask.db, node = %to, "makes a copy for a node that joins");
         let made = in_background(move || {
-            let reader = worker
-                .call(move |engine| engine.snapshot_for(&node, steady_ms()))
-                .ok_or("the database is being detached")?;
-            let reader = reader.map_err(|e| format!("no copy can be made: {e}"))?;
-            write_copy(&reader, &dest).map_err(|e| {
-                // The disk may be full of it. What cannot be removed now goes at the next start.
-                drop(std::fs::remove_file(&dest));
-                format!("no copy can be made: {e}")
-            })
+            let snapshot = worker.call(move |engine| engine.snapshot_for(&node, steady_ms()));
+            let snapshot = snapshot.ok_or("the database is being detached")?;
+            copies.source(copy, snapshot).map_err(|e| format!("no copy can be made: {e}"))
         });
-        let size = made.await.map_err(|e| e.to_string())??;
-        let hash = Arc::new(OnceLock::new());
-        let (source, told, request) = (path.clone(), hash.clone(), ask.request);
-        drop(in_background(move || match hash_file(&source) {
-            Ok(hash) => drop(told.set(hash)),
-            // It is asked for until the joiner gives up, and told why by then.
-            Err(e) => warn!("cannot read {}: {e}", source.display()),
-        }));
-        let made = Made { joiner, request, path, size, hash, used: Instant::now(), _place: place };
+        let (source, size) = made.await.map_err(|e| e.to_string())??;
+        let (source, used) = (Arc::new(source), Instant::now());
+        let made = Made { joiner, request: ask.request, source, size, used, _place: place };
         held(self.made.lock()).insert(copy, made);
         Ok(copy)
+    }
+
+    fn source(&self, copy: u64, snapshot: replica::Result<Snapshot>) -> replica::Result<(Source, u64)> {
+        let reader = match snapshot? {
+            Snapshot::Held(pages) => {
+                let size = pages.size();
+                return Ok((Source::Held(pages), size));
+            }
+            Snapshot::Reader(reader) => reader,
+        };
+        let file = self.spool_file(copy, |path| write_copy(&reader, path).map(drop))?;
+        let size = file.metadata()?.len();
+        Ok((Source::Spooled(file), size))
     }
 
     /// The copy that was made for this node, if it asks once more or goes on with it; else that one goes.

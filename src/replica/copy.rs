@@ -2,7 +2,6 @@
 //! is in a copy was absorbed and on the disk, so that the copy's own vector tells what it stands for.
 
 use std::collections::BTreeSet;
-use std::io::Read;
 use std::path::Path;
 
 use rusqlite::Connection;
@@ -68,19 +67,6 @@ pub fn write_copy(reader: &Connection, dest: &Path) -> Result<u64> {
     }
     drop(target);
     Ok(std::fs::metadata(dest)?.len())
-}
-
-/// The BLAKE3 hash of a file.
-pub fn hash_file(path: &Path) -> std::io::Result<[u8; 32]> {
-    let mut file = std::fs::File::open(path)?;
-    let (mut hasher, mut buffer) = (blake3::Hasher::new(), vec![0; 1 << 20]);
-    loop {
-        let read = file.read(&mut buffer)?;
-        if read == 0 {
-            return Ok(*hasher.finalize().as_bytes());
-        }
-        hasher.update(&buffer[..read]);
-    }
 }
 
 /// Makes a fetched copy the file at `dest`, which must not exist, under a new site.

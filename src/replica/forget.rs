@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::Result;
 use super::absorb::OwnCommit;
 use super::engine::Engine;
+use super::held::Snapshot;
 use super::plan::Plan;
 use super::store::Store;
 use crate::core::capture::{SCHEMA, state_table};
@@ -161,10 +162,11 @@ impl Engine {
     }
 
     /// A snapshot for a node that joins: from now on it is a member.
-    pub fn snapshot_for(&mut self, node: &NodeName, now_ms: u64) -> Result<Connection> {
-        let reader = self.snapshot()?;
+    pub fn snapshot_for(&mut self, node: &NodeName, now_ms: u64) -> Result<Snapshot> {
+        let (own, snapshot) = self.store_mut().file_snapshot()?;
+        own.into_iter().for_each(|o| self.publish(Some(o)));
         self.note_joining(node, now_ms);
-        Ok(reader)
+        Ok(snapshot)
     }
 
     /// A node has got all that this file holds now: from now on it is a member.

@@ -21,6 +21,7 @@ pub mod entry;
 pub mod events;
 pub mod forget;
 pub mod fork;
+pub mod held;
 pub mod identity;
 pub mod joined;
 pub mod log_reading;

@@ -140,7 +140,7 @@ mod tests {
     #[test]
     fn a_long_message_comes_back_whole() {
         let data = Bytes::from(vec![3; FRAGMENT_BYTES * 2 + 17]);
-        let part = CopyPart { request: 1, copy: 2, size: 3, offset: 4, data, same: false, hash: None };
+        let part = CopyPart { request: 1, copy: 2, size: 3, offset: 4, data, same: false, hash: [0; 32] };
         let message = Message::CopyPart(part);
         let mut pieces = Vec::new();
         message_pieces(&message, |p| pieces.push(p));

@@ -23,10 +23,12 @@ use crate::core::schema::SchemaMode;
 use crate::core::vector::{Point, Vector};
 use crate::core::version::{Hlc, SiteId};
 use crate::sqlite;
+use crate::sqlite::durable::Durability;
 
 /// A replicated file. One thread uses it.
 pub struct Store {
     pub(super) conn: Connection,
+    durability: Durability,
     pub(super) spool_dir: PathBuf,
     pub(super) plans: Vec<Arc<Plan>>,
     pub(super) sites: Sites,
@@ -106,12 +108,14 @@ impl Store {
         schema_mode: SchemaMode,
     ) -> Result<Self> {
         sqlite::configure(&conn)?;
+        let durability = Durability::of_writer(&conn)?;
         let head = load_head(&conn)?;
         let sites = Sites::load(&conn)?;
         let opened = head.vector.0.get(&head.site).copied().unwrap_or(Point { n: 0, hlc: Hlc(0), id: 0 });
         let identity = same_file::identity(conn.path().unwrap_or_default());
         let mut store = Self {
             conn,
+            durability,
             spool_dir: spool_dir.to_owned(),
             plans: Vec::new(),
             sites,
@@ -189,8 +193,12 @@ impl Store {
     /// Runs `work` in one write transaction; commits with everything on the disk, or leaves the file as it was.
     pub fn write<T>(&mut self, work: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
         self.conn.prepare_cached("BEGIN IMMEDIATE")?.execute([])?;
+        let before = self.conn.total_changes();
         let result = self.look_at_file().and_then(|()| work(self)).and_then(|value| {
             self.conn.prepare_cached("COMMIT")?.execute([])?;
+            if self.conn.total_changes() != before {
+                self.durability.sync()?;
+            }
             Ok(value)
         });
         if result.is_err() {

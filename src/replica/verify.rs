@@ -28,7 +28,7 @@ use crate::core::verify::{
     key_size,
 };
 use crate::core::version::Hlc;
-use crate::sqlite::{self, value::get};
+use crate::sqlite::{self, durable::Durability, value::get};
 
 /// How often a moment without a pending log is tried for.
 const QUIET_TRIES: u32 = 50;
@@ -154,6 +154,8 @@ impl Reader {
                 self.conn.prepare_cached("PRAGMA schema_version")?.query_row([], |r| r.get(0))?;
             let logged = self.conn.prepare_cached("SELECT 1 FROM __litemesh_log LIMIT 1")?.exists([])?;
             if !logged && version == self.schema_version {
+                // What was absorbed a moment ago may be on its way to the disk.
+                Durability::of_reader(&self.conn)?.sync()?;
                 self.sites = Sites::load(&self.conn)?;
                 return Ok(());
             }

@@ -1,7 +1,9 @@
 //! Connections to SQLite files. Invariant: what is opened here for replication never fires an application's triggers
 //! and never checkpoints in a way that waits for, or stops, an application.
 
+pub mod durable;
 pub mod introspect;
+pub mod raw;
 pub mod value;
 
 use std::path::{Path, PathBuf};

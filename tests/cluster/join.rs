@@ -7,6 +7,7 @@ use std::time::Duration;
 use futures::StreamExt;
 use litemesh::core::message::{CopyPart, CopyRequest, Fragment, Message, decode, encode};
 use rusqlite::Connection;
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::poison::look_inside;
 use crate::support::{Node, PATIENCE, dump, pair, wait_equal, wait_for};
@@ -171,6 +172,82 @@ fn a_node_goes_on_joining_when_its_peer_was_started_anew() {
     check_joined(&a, &b);
 }
 
+/// How many connections a node has to its file: a copy that is being fetched has one.
+fn readers(node: &Node) -> usize {
+    let all = std::fs::read_dir(format!("/proc/{}/fd", pid(node))).unwrap();
+    let open = |e: std::io::Result<std::fs::DirEntry>| std::fs::read_link(e.ok()?.path()).ok();
+    all.filter_map(open).filter(|to| to.ends_with("app.db-wal")).count()
+}
+
+fn pid(node: &Node) -> u64 {
+    u64::from(node.process.as_ref().unwrap().id())
+}
+
+fn signal(pid: u64, signal: Signal) {
+    let pid = Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+    kill_process(pid, signal).unwrap();
+}
+
+#[test]
+fn who_fetches_slowly_does_not_keep_the_log_of_a_file_growing() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, mut b) = large(dir.path());
+    let at_rest = readers(&a);
+    b.spawn(Some(&a.token()));
+    wait_for_part(&b);
+    signal(pid(&b), Signal::STOP);
+    assert_eq!(readers(&a), at_rest + 1, "the copy is read from the file itself");
+    // While it is, what programs write stays in the log. When that has grown, the copy is put aside.
+    let app = a.app("app.db");
+    let write = "UPDATE t SET v = randomblob(1000000) WHERE id <= 20";
+    let mut written = 0;
+    while readers(&a) > at_rest {
+        if written < 5 {
+            app.execute(write, []).unwrap();
+            written += 1;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    // From then on the log can be begun anew.
+    let emptied = || {
+        let sql = "PRAGMA wal_checkpoint(TRUNCATE)";
+        app.query_row(sql, [], |r| Ok((r.get::<_, i64>(0)?, r.get::<_, i64>(1)?))).unwrap() == (0, 0)
+    };
+    wait_for("the log is empty", emptied);
+    let spool = std::fs::read_dir(a.state_dir().join("spool")).unwrap();
+    assert_eq!(
+        spool.filter(|e| e.as_ref().unwrap().file_name().to_string_lossy().contains("copy")).count(),
+        0
+    );
+    signal(pid(&b), Signal::CONT);
+    b.wait_ready();
+    check_joined(&a, &b);
+}
+
+#[test]
+fn a_link_that_is_cut_while_a_node_joins_costs_time_and_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, mut b) = large(dir.path());
+    b.spawn(Some(&a.token()));
+    wait_for_part(&b);
+    // Nothing goes through it any more, and what was on its way is lost when its peer gives the connection up.
+    let server = a.server_pid();
+    signal(server, Signal::STOP);
+    let there = || std::fs::metadata(b.file(ON_ITS_WAY)).map_or(0, |m| m.blocks());
+    let mut before = u64::MAX;
+    wait_for("nothing comes any more", || {
+        std::thread::sleep(Duration::from_secs(5));
+        std::mem::replace(&mut before, there()) == before
+    });
+    a.exec("app.db", "INSERT INTO t VALUES(999, 'meanwhile')");
+    // Its supervisor may have started another by now.
+    if let Some(pid) = Pid::from_raw(server as i32) {
+        let _ = kill_process(pid, Signal::CONT);
+    }
+    b.wait_ready();
+    check_joined(&a, &b);
+}
+
 /// A request of a node that does not exist.
 async fn ask(client: &async_nats::Client, ghost: u64, (request, copy, offset): (u64, u64, u64)) {
     let ask = CopyRequest { db: "app".parse().unwrap(), request, copy, offset, have: None };
@@ -197,10 +274,8 @@ fn copies_for_nodes_that_join_are_few_at_once_and_go_when_they_are_fetched() {
     let mut a = Node::new(dir.path(), "a", &["app.db"]);
     a.exec("app.db", SCHEMA);
     a.start(None);
-    let copies = || {
-        let all = std::fs::read_dir(a.state_dir().join("spool")).unwrap();
-        all.filter(|e| e.as_ref().unwrap().file_name().to_string_lossy().starts_with("copy-")).count()
-    };
+    let at_rest = readers(&a);
+    let copies = || readers(&a) - at_rest;
     tokio::runtime::Runtime::new().unwrap().block_on(async {
         let client = look_inside(&a).await;
         let mut answers = client.subscribe("lm.d.*.a").await.unwrap();

@@ -162,15 +162,8 @@ fn hostile(lineage: u64, real: &[Vec<u8>]) -> Vec<Vec<u8>> {
         SyncPage { db, request: 1, site: SiteId(5), frames, next_lsn: u64::MAX, complete: Some(vector) };
     all.push(message(&Message::SyncPage(page)));
     let data = Bytes::from_static(b"SQLite format 3");
-    let part = CopyPart {
-        request: 1,
-        copy: 1,
-        size: u64::MAX,
-        offset: u64::MAX,
-        data,
-        same: true,
-        hash: Some([1; 32]),
-    };
+    let part =
+        CopyPart { request: 1, copy: 1, size: u64::MAX, offset: u64::MAX, data, same: true, hash: [1; 32] };
     all.push(message(&Message::CopyPart(part)));
     all.push(message(&Message::Refused { request: 1, why: "no".repeat(10_000) }));
     all.push(message(&Message::Verify(VerifyMessage::Reply {

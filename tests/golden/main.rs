@@ -81,7 +81,7 @@ fn messages_are_as_the_first_release_sends_them() {
         complete: Some(vector()),
     };
     let copy = CopyRequest { db: db.clone(), request: 1, copy: 2, offset: 3, have: None };
-    let part = CopyPart { request: 1, copy: 2, size: 3, offset: 4, data, same: false, hash: Some([5; 32]) };
+    let part = CopyPart { request: 1, copy: 2, size: 3, offset: 4, data, same: false, hash: [5; 32] };
     let verify = VerifyMessage::Ask { db: db.clone(), lineage: 1, request: 2, question: Question::Layouts };
     for (name, message) in [
         ("hello", Message::Hello(hello)),

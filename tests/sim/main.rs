@@ -12,6 +12,7 @@ mod compare;
 mod ddl;
 mod ddl_names;
 mod ddl_random;
+mod held;
 mod history;
 mod mixed;
 mod mixed_check;
