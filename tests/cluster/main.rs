@@ -17,4 +17,5 @@ mod rekey;
 mod rolling;
 mod shapes;
 mod survive;
+mod terminal;
 mod whole;
