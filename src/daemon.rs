@@ -39,13 +39,13 @@ use observe::Observer;
 use router::Router;
 use state_dir::NodeState;
 
-use crate::config::Config;
+use crate::config::{Config, External};
 use crate::core::message::Message;
 use crate::core::names::DbName;
 use crate::fabric::keys::MeshKey;
 use crate::fabric::link::Outgoing;
 use crate::fabric::{
-    Fabric, FabricError, FabricOptions, JoinToken, LeafHub, LogLimits, LogReplicas, StateDir,
+    ExternalNats, Fabric, FabricError, FabricOptions, JoinToken, LeafHub, LogLimits, LogReplicas, StateDir,
 };
 use crate::replica::adopt;
 use crate::sqlite;
@@ -71,8 +71,8 @@ const FOUNDER_PATIENCE: Duration = Duration::from_secs(15);
 pub struct Started {
     /// The node's name.
     pub node: String,
-    /// What lets others join.
-    pub token: String,
+    /// The options with which others join.
+    pub joining: String,
     /// Where the status page is.
     pub http: SocketAddr,
     /// The databases.
@@ -93,7 +93,7 @@ pub async fn run(config: Config, started: impl FnOnce(&Started)) -> Result<()> {
     let (fabric, incoming) = Fabric::start(options).await.map(|(f, i)| (Arc::new(f), i))?;
     // Of nodes that start together the founder's files come first: the others wait until it has taken them in.
     let (founds, follows) = (fabric.is_founder(), listed && !fabric.is_founder());
-    let token = fabric.join_token()?;
+    let joining = fabric.joining_options()?;
     let (outgoing, to_send) = mpsc::channel(OUTGOING);
     let router = Router::new(config.name.clone(), outgoing.clone(), state.spool(), config.max_skew);
     let mut tasks = JoinSet::new();
@@ -129,13 +129,14 @@ pub async fn run(config: Config, started: impl FnOnce(&Started)) -> Result<()> {
         config: &config,
         has_members: !founds && !fabric.members().is_empty(),
         joins: joins || follows,
+        is_open: fabric.is_external(),
         others_first: if follows { FOUNDER_PATIENCE } else { ANSWER_PATIENCE },
         mesh_id: fabric.mesh_id(),
     };
     let result =
         serve(&starter, found, &observer, &fabric, Requests { detaching, restamping, leaving }, || {
             let databases = config.databases.iter().map(|d| (d.name.clone(), d.path.clone())).collect();
-            started(&Started { node: config.name.to_string(), token: token.reveal(), http: page, databases });
+            started(&Started { node: config.name.to_string(), joining, http: page, databases });
         })
         .await;
     drop(starter);
@@ -207,6 +208,7 @@ fn fabric_options(config: &Config) -> Result<FabricOptions> {
     let with_log_mib = config.log_max_bytes.div_ceil(1 << 20) + OTHER_STREAMS_MIB;
     options.store_limit_mib = options.store_limit_mib.max(with_log_mib);
     options.leaf = config.leaf.clone().map(|l| LeafHub { url: l.url, credentials: l.credentials, ca: l.ca });
+    options.external = config.external.clone().map(external_nats);
     options.peers = config.peers.iter().map(|p| p.to_string().parse()).collect::<Result<_, _>>()?;
     let belongs = StateDir::new(&config.state_dir).key().exists();
     options.key = match &config.key_file {
@@ -221,6 +223,11 @@ fn fabric_options(config: &Config) -> Result<FabricOptions> {
         None => None,
     };
     Ok(options)
+}
+
+fn external_nats(e: External) -> ExternalNats {
+    let External { servers, user, password, credentials, ca, certificate, mesh } = e;
+    ExternalNats { servers, user, password, credentials, ca, certificate, mesh }
 }
 
 fn read_key(path: &std::path::Path) -> Result<MeshKey> {

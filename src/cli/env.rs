@@ -18,6 +18,9 @@ pub fn run(args: &EnvArgs) -> Result<ExitCode> {
     let dir = config::state_dir(args.state.state_dir.as_deref(), &Surroundings::of_process())?;
     let status = Client::new(&dir, Duration::from_secs(10))?.get("/api/status")?;
     let status: Status = serde_json::from_str(&status).context("the node's answer cannot be read")?;
+    if status.fabric.external {
+        return tell_external(&status, args.json);
+    }
     let accounts = Accounts::load_or_create(&StateDir::new(&dir).accounts())?;
     let (url, password) = (&status.fabric.client_url, accounts.app.reveal());
     if args.json {
@@ -29,6 +32,18 @@ pub fn run(args: &EnvArgs) -> Result<ExitCode> {
         {
             println!("export {name}={}", quote(value));
         }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Programs have what lets them in from the system's operator; this node's own is not for them.
+fn tell_external(status: &Status, json: bool) -> Result<ExitCode> {
+    let url = &status.fabric.client_url;
+    if json {
+        println!("{}", serde_json::to_string_pretty(&json!({ "url": url, "node": status.node }))?);
+    } else {
+        println!("export NATS_URL={}", quote(url));
+        eprintln!("what lets programs in there is for the operator of that NATS system to give");
     }
     Ok(ExitCode::SUCCESS)
 }

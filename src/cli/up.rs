@@ -52,6 +52,6 @@ fn tell(started: &Started) {
             _ => format!("{name}={}", path.file_name().unwrap_or_default().to_string_lossy()),
         });
     let names: String = names.map(|n| format!(" {n}")).collect();
-    println!("  litemesh up{names} --join {}", started.token);
+    println!("  litemesh up{names} {}", started.joining);
     println!("ready");
 }

@@ -52,6 +52,28 @@ pub struct UpArgs {
     /// A file with the mesh's key: 32 random bytes in Base64, the same on every node.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["join", "join_file"])]
     pub key_file: Option<PathBuf>,
+    /// The client port of a NATS system of yours, on which the nodes meet instead of servers of their own.
+    ///
+    /// Such as nats://nats.example:4222, several with commas between. Whoever is let in there with the same URL and mesh
+    /// belongs: no token is needed. A password in it can be seen in the list of processes: use --fabric-credentials, or
+    /// LITEMESH_FABRIC_URL.
+    #[arg(long, value_name = "URL", conflicts_with_all = ["cluster", "advertise", "client", "join", "join_file", "peers", "key_file", "leaf_url"])]
+    pub fabric_url: Option<String>,
+    /// A file with credentials for it.
+    #[arg(long, value_name = "FILE")]
+    pub fabric_credentials: Option<PathBuf>,
+    /// A file with the CA of its certificates.
+    #[arg(long, value_name = "FILE")]
+    pub fabric_ca: Option<PathBuf>,
+    /// A file with a certificate that it lets in, and --fabric-key with its key.
+    #[arg(long, value_name = "FILE")]
+    pub fabric_cert: Option<PathBuf>,
+    /// A file with the key of --fabric-cert.
+    #[arg(long, value_name = "FILE")]
+    pub fabric_key: Option<PathBuf>,
+    /// The mesh's name there: several may share an account [default: litemesh].
+    #[arg(long, value_name = "NAME")]
+    pub fabric_mesh: Option<String>,
     /// The leafnode port of another NATS system, which this host's programs reach then, such as tls://hub:7422.
     ///
     /// A password in it can be seen in the list of processes: use --leaf-credentials, or LITEMESH_LEAF_URL.
@@ -178,6 +200,13 @@ impl UpArgs {
             join_file: self.join_file.clone(),
             peers: list(&self.peers),
             key_file: self.key_file.clone(),
+            fabric_url: self.fabric_url.clone(),
+            fabric_credentials: self.fabric_credentials.clone(),
+            fabric_ca: self.fabric_ca.clone(),
+            fabric_cert: self.fabric_cert.clone(),
+            fabric_key: self.fabric_key.clone(),
+            fabric_mesh: self.fabric_mesh.clone(),
+            fabric: None,
             leaf_url: self.leaf_url.clone(),
             leaf_credentials: self.leaf_credentials.clone(),
             leaf_ca: self.leaf_ca.clone(),

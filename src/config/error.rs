@@ -114,6 +114,24 @@ pub enum ConfigError {
         "no SQLite file matches {0:?}: name the file itself if a peer is to bring it, or correct the pattern"
     )]
     NoMatch(String),
+    /// An option that means nothing without another.
+    #[error("{option} (--{0}) means nothing without {other} (--{1}): give that as well, or leave {option} out", .option.replace('_', "-"), .other.replace('_', "-"))]
+    Needs {
+        /// What was given.
+        option: &'static str,
+        /// What was not.
+        other: &'static str,
+    },
+    /// Options that contradict each other.
+    #[error("with {first} (--{0}) there is no {second} (--{1}): {reason}; leave one of them out", .first.replace('_', "-"), .second.replace('_', "-"))]
+    Together {
+        /// One.
+        first: &'static str,
+        /// The other.
+        second: &'static str,
+        /// Why not both.
+        reason: &'static str,
+    },
     /// Two listeners on one port.
     #[error("{first} and {second} both listen on port {port}: give one of them another port")]
     SamePort {

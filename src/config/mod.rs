@@ -4,6 +4,7 @@
 pub mod databases;
 pub mod duration;
 pub mod error;
+pub mod external;
 pub mod raw;
 mod size;
 pub mod valid;
@@ -12,6 +13,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 pub use error::ConfigError;
+pub use external::External;
 pub use valid::{Advertise, Config, DatabaseSpec, Join, Journal, TableFilter, TableGlobs};
 
 use raw::Raw;

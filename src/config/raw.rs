@@ -24,6 +24,12 @@ pub const KEYS: &[&str] = &[
     "join_file",
     "peers",
     "key_file",
+    "fabric_url",
+    "fabric_credentials",
+    "fabric_ca",
+    "fabric_cert",
+    "fabric_key",
+    "fabric_mesh",
     "leaf_url",
     "leaf_credentials",
     "leaf_ca",
@@ -78,6 +84,20 @@ pub struct Raw {
     pub peers: Option<Vec<String>>,
     /// A file with the mesh's key.
     pub key_file: Option<PathBuf>,
+    /// The NATS system to meet on, instead of servers of the nodes' own: may hold a secret.
+    pub fabric_url: Option<String>,
+    /// A file with credentials for it.
+    pub fabric_credentials: Option<PathBuf>,
+    /// A file with its CA.
+    pub fabric_ca: Option<PathBuf>,
+    /// A file with a certificate for it.
+    pub fabric_cert: Option<PathBuf>,
+    /// A file with that certificate's key.
+    pub fabric_key: Option<PathBuf>,
+    /// The mesh's name there.
+    pub fabric_mesh: Option<String>,
+    /// These as a table of the file, without the `fabric_` of their names.
+    pub fabric: Option<FabricTable>,
     /// The leafnode port of another NATS system: may hold a secret.
     pub leaf_url: Option<String>,
     /// A file with credentials for it.
@@ -124,6 +144,29 @@ pub struct Raw {
     pub log: Option<String>,
 }
 
+/// What stands in place of a value that may be a secret.
+pub const NOT_SHOWN: &str = "(not shown)";
+
+/// The keys of [`FabricTable`].
+const FABRIC_KEYS: &[&str] = &["url", "credentials", "ca", "cert", "key", "mesh"];
+
+/// The table `[fabric]` of a file.
+#[derive(Clone, Default, PartialEq, Eq, Deserialize)]
+pub struct FabricTable {
+    /// As `fabric_url`, and so on.
+    pub url: Option<String>,
+    /// See above.
+    pub credentials: Option<PathBuf>,
+    /// See above.
+    pub ca: Option<PathBuf>,
+    /// See above.
+    pub cert: Option<PathBuf>,
+    /// See above.
+    pub key: Option<PathBuf>,
+    /// See above.
+    pub mesh: Option<String>,
+}
+
 /// A number as typed: a file may write it with or without quotes.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(untagged)]
@@ -158,21 +201,52 @@ impl Raw {
             message: e.message().to_owned(),
         };
         let table: toml::Table = toml::from_str(&text).map_err(wrong)?;
-        for key in table.keys() {
-            if !KEYS.contains(&key.as_str()) {
-                let nearest = nearest(key, KEYS).to_owned();
-                let place = path.display().to_string();
-                return Err(ConfigError::UnknownKey { place, key: key.clone(), nearest });
+        let unknown = |key: String, nearest: String| {
+            ConfigError::UnknownKey { place: path.display().to_string(), key, nearest }
+        };
+        for (key, value) in &table {
+            match value {
+                toml::Value::Table(fabric) if key == "fabric" => {
+                    if let Some(key) = fabric.keys().find(|key| !FABRIC_KEYS.contains(&key.as_str())) {
+                        let nearest = nearest(key, FABRIC_KEYS);
+                        return Err(unknown(format!("fabric.{key}"), format!("fabric.{nearest}")));
+                    }
+                }
+                _ if !KEYS.contains(&key.as_str()) => {
+                    return Err(unknown(key.clone(), nearest(key, KEYS).to_owned()));
+                }
+                _ => {}
             }
         }
         let mut raw: Self = toml::from_str(&text).map_err(wrong)?;
+        raw.take_fabric_table();
         raw.check_source(&path.display().to_string())?;
         raw.start_from(path.parent().unwrap_or(Path::new("")));
         Ok(raw)
     }
 
+    fn take_fabric_table(&mut self) {
+        let Some(table) = self.fabric.take() else { return };
+        let FabricTable { url, credentials, ca, cert, key, mesh } = table;
+        self.fabric_url = url.or(self.fabric_url.take());
+        self.fabric_credentials = credentials.or(self.fabric_credentials.take());
+        self.fabric_ca = ca.or(self.fabric_ca.take());
+        self.fabric_cert = cert.or(self.fabric_cert.take());
+        self.fabric_key = key.or(self.fabric_key.take());
+        self.fabric_mesh = mesh.or(self.fabric_mesh.take());
+    }
+
     fn start_from(&mut self, dir: &Path) {
-        let files = [&mut self.join_file, &mut self.key_file, &mut self.leaf_credentials, &mut self.leaf_ca];
+        let files = [
+            &mut self.join_file,
+            &mut self.key_file,
+            &mut self.leaf_credentials,
+            &mut self.leaf_ca,
+            &mut self.fabric_credentials,
+            &mut self.fabric_ca,
+            &mut self.fabric_cert,
+            &mut self.fabric_key,
+        ];
         for path in files.into_iter().chain([&mut self.state_dir]).flatten() {
             *path = dir.join(&*path);
         }
@@ -220,6 +294,12 @@ impl Raw {
             "join_file" => self.join_file = Some(value.into()),
             "peers" => self.peers = list(),
             "key_file" => self.key_file = Some(value.into()),
+            "fabric_url" => self.fabric_url = text(),
+            "fabric_credentials" => self.fabric_credentials = Some(value.into()),
+            "fabric_ca" => self.fabric_ca = Some(value.into()),
+            "fabric_cert" => self.fabric_cert = Some(value.into()),
+            "fabric_key" => self.fabric_key = Some(value.into()),
+            "fabric_mesh" => self.fabric_mesh = text(),
             "leaf_url" => self.leaf_url = text(),
             "leaf_credentials" => self.leaf_credentials = Some(value.into()),
             "leaf_ca" => self.leaf_ca = Some(value.into()),
@@ -274,6 +354,13 @@ impl Raw {
             join_file,
             peers: self.peers.or(below.peers),
             key_file: self.key_file.or(below.key_file),
+            fabric_url: self.fabric_url.or(below.fabric_url),
+            fabric_credentials: self.fabric_credentials.or(below.fabric_credentials),
+            fabric_ca: self.fabric_ca.or(below.fabric_ca),
+            fabric_cert: self.fabric_cert.or(below.fabric_cert),
+            fabric_key: self.fabric_key.or(below.fabric_key),
+            fabric_mesh: self.fabric_mesh.or(below.fabric_mesh),
+            fabric: None,
             leaf_url: self.leaf_url.or(below.leaf_url),
             leaf_credentials: self.leaf_credentials.or(below.leaf_credentials),
             leaf_ca: self.leaf_ca.or(below.leaf_ca),

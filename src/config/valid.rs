@@ -11,6 +11,7 @@ use tracing_subscriber::EnvFilter;
 
 use super::databases;
 use super::duration::parse_duration;
+use super::external::{External, external};
 use super::raw::{Number, Raw, nearest};
 use super::size::parse_size;
 use super::{ConfigError, Surroundings};
@@ -197,6 +198,8 @@ pub struct Config {
     pub key_file: Option<PathBuf>,
     /// Another NATS system that this host's programs are connected to.
     pub leaf: Option<Leaf>,
+    /// The NATS system that the nodes meet on instead of servers of their own.
+    pub external: Option<External>,
     /// What to do with journal modes.
     pub journal: Journal,
     /// What happens to changes of the schema.
@@ -237,10 +240,13 @@ pub struct Config {
 
 /// Validates merged options.
 pub fn validate(raw: Raw, around: &Surroundings) -> Result<Config, ConfigError> {
+    let external = external(&raw)?;
     let cluster = address("cluster", raw.cluster.as_deref(), DEFAULT_CLUSTER)?;
     let client = loopback("client", raw.client.as_deref(), DEFAULT_CLIENT, "programs on this host use it")?;
     let http = loopback("http", raw.http.as_deref(), DEFAULT_HTTP, "the status page has no password")?;
-    distinct_ports(&[("cluster", cluster), ("client", client), ("http", http)])?;
+    if external.is_none() {
+        distinct_ports(&[("cluster", cluster), ("client", client), ("http", http)])?;
+    }
     let join = match (raw.join, raw.join_file) {
         (Some(token), _) if token.trim().is_empty() => {
             return Err(ConfigError::value("join", "", "a token as `litemesh token` prints it is missing"));
@@ -261,6 +267,7 @@ pub fn validate(raw: Raw, around: &Surroundings) -> Result<Config, ConfigError> 
         peers: peers.iter().map(|p| host_and_port("peers", p)).collect::<Result<_, _>>()?,
         key_file: raw.key_file.as_deref().map(absolute),
         leaf: leaf(raw.leaf_url, raw.leaf_credentials.as_deref(), raw.leaf_ca.as_deref())?,
+        external,
         journal: journal(raw.journal.as_deref())?,
         schema: schema(raw.schema.as_deref())?,
         tables: TableFilter {

@@ -89,6 +89,11 @@ name_type! {
     DbName
 }
 
+name_type! {
+    /// The name of a mesh, where several may share an account of a NATS system.
+    MeshName
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -195,12 +195,16 @@ impl Publisher {
     }
 
     fn event(&self, change: &Change) -> Result<Event> {
+        let mut body = serde_json::to_vec(change)?;
+        if body.len() > self.events.max_body_bytes() && change.new.is_some() {
+            body = serde_json::to_vec(&Change { new: None, too_large: true, ..change.clone() })?;
+        }
         Ok(Event {
             db: self.db.clone(),
             table: change.table.clone(),
             op: change.op.word(),
             id: change.id.clone(),
-            body: Bytes::from(serde_json::to_vec(change)?),
+            body: Bytes::from(body),
         })
     }
 

@@ -23,7 +23,7 @@ use super::state_dir::write_durably;
 use crate::core::message::Message;
 use crate::core::names::{DbName, NodeName};
 use crate::core::vector::Vector;
-use crate::fabric::Fabric;
+use crate::fabric::{Fabric, FabricError};
 use crate::replica::clock::steady_ms;
 
 /// Where a running node is found, and what opens it.
@@ -141,6 +141,9 @@ async fn authorize(State(control): State<Control>, request: Request, next: Next)
 async fn token(State(control): State<Control>) -> Response {
     match control.fabric.upgrade().map(|fabric| fabric.join_token()) {
         Some(Ok(token)) => token.reveal().into_response(),
+        Some(Err(e @ FabricError::NotOurs { .. })) => {
+            (StatusCode::CONFLICT, e.to_string()).into_response()
+        }
         Some(Err(e)) => (StatusCode::INTERNAL_SERVER_ERROR, e.to_string()).into_response(),
         None => (StatusCode::SERVICE_UNAVAILABLE, "the node is ending\n").into_response(),
     }

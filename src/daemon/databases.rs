@@ -36,6 +36,11 @@ use crate::sqlite::{self, OpenError, introspect};
 /// How long a node waits for others before it takes them to be away.
 const PEER_PATIENCE: Duration = Duration::from_secs(8);
 
+/// How long the first node on a NATS system that is there listens for others.
+const STRANGER_PATIENCE: Duration = Duration::from_secs(3);
+/// How long a node without rows waits there for one that has some.
+const EMPTY_PATIENCE: Duration = Duration::from_secs(15);
+
 /// A database file as it was found.
 pub struct Found {
     /// What the operator said.
@@ -83,6 +88,8 @@ pub struct Starter<'a> {
     pub has_members: bool,
     /// Whether the operator said to join.
     pub joins: bool,
+    /// Whether whoever reaches the NATS system belongs: the first node there is told by nobody that it is the first.
+    pub is_open: bool,
     /// How long a database may take to appear on nodes that are there, before this file is taken to be the first.
     pub others_first: Duration,
     /// Tells this mesh from others; the same on every node.
@@ -204,7 +211,8 @@ impl Starter<'_> {
     /// Whom to get the database from; `None` if this file is the first.
     async fn source(&self, found: &Found) -> Result<Option<crate::core::names::NodeName>> {
         let name = &found.spec.name;
-        if !self.has_members && !self.joins {
+        let is_first = !self.has_members && !self.joins;
+        if is_first && !self.is_open {
             return Ok(None);
         }
         let asked = tokio::time::Instant::now();
@@ -217,7 +225,10 @@ impl Starter<'_> {
             }
             let heard = self.router.peers().values().any(|p| p.is_live(now_ms));
             // Those who answered do not have it.
-            if heard && asked.elapsed() > self.others_first {
+            if heard && asked.elapsed() > self.others_first(found) {
+                return Ok(None);
+            }
+            if is_first && !heard && asked.elapsed() > STRANGER_PATIENCE {
                 return Ok(None);
             }
             if asked.elapsed() > PEER_PATIENCE && !heard {
@@ -235,6 +246,20 @@ impl Starter<'_> {
                 }
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// Where nobody says who comes first, files with rows do, and of several nodes with such the first by name.
+    fn others_first(&self, found: &Found) -> Duration {
+        let comes_first = || {
+            let now_ms = steady_ms();
+            self.router.peers().iter().all(|(name, p)| !p.is_live(now_ms) || self.router.node() < name)
+        };
+        match (self.is_open, found.has_rows) {
+            (false, _) => self.others_first,
+            (true, true) if comes_first() => self.others_first,
+            (true, true) => PEER_PATIENCE,
+            (true, false) => EMPTY_PATIENCE,
         }
     }
 

@@ -82,6 +82,10 @@ pub async fn leave(
         };
         told.push_str(&line);
     }
+    if fabric.is_external() {
+        told.push_str("what lets this host into the NATS system still does: that is for its operator to end\n");
+        return Ok(told);
+    }
     told.push_str(
         "the mesh key is removed from this host; who has a copy of it, or a token, can still join: 'litemesh token --rotate' \
          on another node makes both worthless\n",

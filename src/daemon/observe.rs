@@ -58,13 +58,17 @@ struct Inner {
 impl Observer {
     /// An observer of a node that is starting.
     pub fn new(config: &Config, state_dir: &Path, fabric: Arc<Fabric>, router: Arc<Router>) -> Self {
+        let cluster_listen = match config.external {
+            None => config.cluster.to_string(),
+            Some(_) => String::new(),
+        };
         let base = Status {
             node: config.name.to_string(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
             state_dir: state_dir.display().to_string(),
             started_at: OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default(),
-            fabric: FabricStatus { cluster_listen: config.cluster.to_string(), ..FabricStatus::default() },
+            fabric: FabricStatus { cluster_listen, ..FabricStatus::default() },
             ..Status::default()
         };
         let inner = Inner {
@@ -179,6 +183,7 @@ impl Observer {
             log: log_status(info.log.copies),
             logs_led: info.log.leads,
             logs_held: info.log.holds,
+            external: info.external,
             ..status.fabric
         };
         let now_ms = steady_ms();
@@ -203,7 +208,7 @@ impl Observer {
         status.clock_offset_ms = clocks.own_off_ms as f64;
         status.clocks = clocks.clocks as u64;
         status.warnings.extend(clocks.alarms(inner.router.node()));
-        status.warnings.extend(inner.fabric.key_notice());
+        status.warnings.extend(inner.fabric.notices());
         let without = inner.fabric.without_new_key();
         if !without.is_empty() {
             let without: Vec<_> = without.iter().map(ToString::to_string).collect();
@@ -284,8 +289,11 @@ fn judge(status: &mut Status, started: bool) {
         }
     }
     if !status.fabric.connected {
-        let text = "not connected to our own nats-server: local writes go on and are sent later";
-        status.warnings.push(text.to_owned());
+        let server = match status.fabric.external {
+            true => format!("the NATS system at {}", status.fabric.client_url),
+            false => "our own nats-server".to_owned(),
+        };
+        status.warnings.push(format!("not connected to {server}: local writes go on and are sent later"));
     }
     status.ready = status.not_ready_because.is_empty();
 }

@@ -8,7 +8,7 @@ use super::accounts::{APP_USER, Accounts, GATE_USER, MESH_USER, SYS_USER};
 use super::address::Address;
 use super::certs::{COMMON_NAME, CertFiles};
 use super::options::LeafHub;
-use super::subjects;
+use super::subjects::{PROGRAMS, Subjects};
 
 /// The largest message any account may send.
 pub const MAX_PAYLOAD_BYTES: usize = 8 * 1024 * 1024;
@@ -143,8 +143,9 @@ fn write_accounts(out: &mut String, conf: &ServerConf<'_>) -> std::fmt::Result {
     writeln!(out, "accounts {{")?;
     writeln!(out, "  SYS {{ {} }}", user(SYS_USER, accounts.sys.reveal()))?;
     // Each node's programs are told of changes by their own node alone: when its file has them, and once.
-    let (changes, answers) = (subjects::all_changes(conf.name), subjects::all_answers(conf.name));
-    let (changes, answers, programs) = (quote(&changes), quote(&answers), quote(subjects::PROGRAMS));
+    let ours = Subjects::bundled();
+    let (changes, answers) = (ours.all_changes(conf.name), ours.all_answers(conf.name));
+    let (changes, answers, programs) = (quote(&changes), quote(&answers), quote(PROGRAMS));
     writeln!(out, "  MESH {{")?;
     writeln!(out, "    jetstream: enabled, {}", user(MESH_USER, accounts.mesh.reveal()))?;
     writeln!(out, "    exports: [{{ stream: {changes}, accounts: [APP] }}]")?;

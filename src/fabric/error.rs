@@ -158,6 +158,32 @@ pub enum FabricError {
         /// What the client said.
         reason: String,
     },
+    /// The NATS system that was named cannot be used.
+    #[error("cannot use the NATS system at {url}: {reason}")]
+    External {
+        /// Where it is.
+        url: String,
+        /// What is the matter, and what to do.
+        reason: String,
+    },
+    /// The state directory's mesh meets in another way than the options say.
+    #[error("{dir} belongs to a node of {other}: {advice}")]
+    OtherSystem {
+        /// The directory.
+        dir: String,
+        /// What it belongs to.
+        other: String,
+        /// What to do.
+        advice: &'static str,
+    },
+    /// What was asked is not litemesh's where it runs on another NATS system.
+    #[error("this mesh runs over the NATS system at {url}, which is not litemesh's own: {instead}")]
+    NotOurs {
+        /// Where that is.
+        url: String,
+        /// What to do.
+        instead: &'static str,
+    },
     /// There is no connection to our own server: the message was not sent.
     #[error("not sent: our own nats-server is not connected")]
     NotConnected,

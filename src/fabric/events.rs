@@ -14,12 +14,14 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::error::FabricError;
-use super::subjects;
+use super::subjects::Subjects;
 use crate::core::names::{DbName, NodeName};
 
 /// How long a stream may take to answer before all is published again.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(2);
 const FLUSH_PATIENCE: Duration = Duration::from_secs(5);
+/// What headers of a change may take.
+const HEADROOM_BYTES: usize = 1_024;
 /// By this a stream knows a message that it has already.
 const ID_HEADER: &str = "Nats-Msg-Id";
 /// Any user may ask this of a server; the answer says that everything sent before has been read.
@@ -82,6 +84,7 @@ impl Answers {
 /// Publishes changes, for one database after the other or at once.
 pub struct Events {
     node: NodeName,
+    subjects: Subjects,
     client: async_nats::Client,
     answers: Arc<Answers>,
     /// Tells this run's answers from an earlier one's.
@@ -89,8 +92,18 @@ pub struct Events {
 }
 
 impl Events {
-    pub(super) fn new(node: NodeName, client: async_nats::Client, answers: Arc<Answers>) -> Self {
-        Self { node, client, answers, run: rand::random() }
+    pub(super) fn new(
+        node: NodeName,
+        subjects: Subjects,
+        client: async_nats::Client,
+        answers: Arc<Answers>,
+    ) -> Self {
+        Self { node, subjects, client, answers, run: rand::random() }
+    }
+
+    /// The largest body that can be published now.
+    pub fn max_body_bytes(&self) -> usize {
+        self.client.max_payload().saturating_sub(HEADROOM_BYTES)
     }
 
     /// Subjects that some stream takes: whoever publishes to them awaits its answer.
@@ -115,7 +128,7 @@ impl Events {
         }
         let mut numbers = Vec::with_capacity(events.len());
         for event in events {
-            let subject = subjects::change(&self.node, &event.db, &event.table, event.op);
+            let subject = self.subjects.change(&self.node, &event.db, &event.table, event.op);
             let number = {
                 let mut book = self.answers.book();
                 book.next += 1;
@@ -126,7 +139,7 @@ impl Events {
             numbers.push(number);
             let mut headers = HeaderMap::new();
             headers.insert(ID_HEADER, event.id.as_str());
-            let reply = subjects::answer(&self.node, self.run, number);
+            let reply = self.subjects.answer(&self.node, self.run, number);
             let sending =
                 self.client.publish_with_reply_and_headers(subject, reply, headers, event.body.clone());
             timeout(FLUSH_PATIENCE, sending)

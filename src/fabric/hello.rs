@@ -11,10 +11,12 @@ use tokio::time::{Instant, sleep_until};
 use tracing::{info, warn};
 
 use super::address::Address;
+use super::external::External;
 use super::identity::Identity;
 use super::members::Members;
+use super::monitor;
 use super::server::Server;
-use super::{monitor, subjects};
+use super::subjects::Subjects;
 use crate::core::names::NodeName;
 
 /// The route to a peer is made a moment after we are ready: the first hellos come quickly.
@@ -27,6 +29,9 @@ struct Hello {
     /// Nodes that left or were removed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     gone: Vec<NodeName>,
+    /// Tells two processes of one name apart, where no server does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    run: Option<u64>,
 }
 
 /// The members, shared between who learns of them and who asks.
@@ -76,12 +81,22 @@ impl Roster {
     }
 }
 
+/// By which servers the nodes meet.
+#[derive(Clone)]
+pub(super) enum Meeting {
+    /// Their own, which dial each other.
+    Routes(Arc<Identity>, Arc<Server>),
+    /// Those of another system.
+    External(Arc<External>),
+}
+
 /// What it takes to say hello and to act upon one.
 #[derive(Clone)]
 pub(super) struct Exchange {
     pub(super) client: async_nats::Client,
-    pub(super) identity: Arc<Identity>,
-    pub(super) server: Arc<Server>,
+    pub(super) node: NodeName,
+    pub(super) subjects: Subjects,
+    pub(super) meeting: Meeting,
     pub(super) roster: Arc<Roster>,
 }
 
@@ -118,41 +133,52 @@ impl Exchange {
 
     /// Tells the others that this node itself goes for good.
     pub(super) async fn say_farewell(&self) {
-        self.say(Vec::new(), vec![self.identity.node.clone()]).await;
+        self.say(Vec::new(), vec![self.node.clone()]).await;
     }
 
     async fn say_hello(&self) {
         if self.roster.leaving.load(Ordering::Relaxed) {
             return;
         }
-        self.say(self.identity.own.clone(), self.roster.gone()).await;
+        let own = match &self.meeting {
+            Meeting::Routes(identity, _) => identity.own.clone(),
+            Meeting::External(_) => Vec::new(),
+        };
+        self.say(own, self.roster.gone()).await;
     }
 
     async fn say(&self, routes: Vec<Address>, gone: Vec<NodeName>) {
         if self.client.connection_state() != async_nats::connection::State::Connected {
             return;
         }
-        let hello = Hello { routes, gone };
+        let run = match &self.meeting {
+            Meeting::Routes(..) => None,
+            Meeting::External(external) => Some(external.run),
+        };
+        let hello = Hello { routes, gone, run };
         let text = serde_json::to_vec(&hello).expect("strings become JSON");
         // The next one comes soon.
-        let _ = self.client.publish(subjects::hello(&self.identity.node), text.into()).await;
+        let _ = self.client.publish(self.subjects.hello(&self.node), text.into()).await;
     }
 
     /// Whether it was news.
     async fn hear(&self, message: &async_nats::Message) -> bool {
-        let Some(from) = subjects::hello_from(&message.subject) else { return false };
+        let Some(from) = self.subjects.hello_from(&message.subject) else { return false };
         let Ok(hello) = serde_json::from_slice::<Hello>(&message.payload) else { return false };
-        if from == self.identity.node {
+        if from == self.node {
+            if let Meeting::External(external) = &self.meeting {
+                external.heard_own_name(&from, hello.run);
+            }
             return false;
         }
         let leaves = hello.gone.contains(&from);
         // Whoever is connected is there, whoever says that it is gone: it came again under its name.
         let connected = match hello.gone.is_empty() {
             true => Vec::new(),
-            false => monitor::route_names(self.identity.ports.monitor).await.unwrap_or_default(),
+            false => self.connected(&hello.gone).await,
         };
         let is_there = |node: &NodeName| {
-            *node == self.identity.node || *node != from && connected.iter().any(|name| name == node.as_str())
+            *node == self.node || *node != from && connected.iter().any(|name| name == node.as_str())
         };
         let (mut comes, mut go) = (false, Vec::new());
         let news = self.roster.update(|members| {
@@ -163,7 +189,12 @@ impl Exchange {
         let Some(members) = news else { return false };
         if comes {
             let addresses: Vec<_> = hello.routes.iter().map(ToString::to_string).collect();
-            info!(node = %from, addresses = addresses.join(","), "a member, and where it is found");
+            match &self.meeting {
+                Meeting::Routes(..) => {
+                    info!(node = %from, addresses = addresses.join(","), "a member, and where it is found");
+                }
+                Meeting::External(_) => info!(node = %from, "a member"),
+            }
         }
         for gone in go {
             info!(node = %gone, "is no member any more");
@@ -172,11 +203,37 @@ impl Exchange {
         comes
     }
 
+    /// The nodes that are there; of those of another system, those of `asked`.
+    async fn connected(&self, asked: &[NodeName]) -> Vec<String> {
+        match &self.meeting {
+            Meeting::Routes(identity, _) => {
+                monitor::route_names(identity.ports.monitor).await.unwrap_or_default()
+            }
+            Meeting::External(external) => {
+                let mut there = Vec::new();
+                for node in asked {
+                    if external.is_there(&self.client, &self.subjects, node).await {
+                        there.push(node.to_string());
+                    }
+                }
+                there
+            }
+        }
+    }
+
     /// For the next start, and for the server that runs.
     fn keep(&self, members: &Members) {
-        let kept = members.save(&self.identity.state.members()).map_err(|e| e.to_string());
-        let reloaded = self.server.reload(&self.identity.conf_text(members)).map_err(|e| e.to_string());
-        if let Err(e) = kept.and(reloaded) {
+        let result = match &self.meeting {
+            Meeting::Routes(identity, server) => {
+                let kept = members.save(&identity.state.members()).map_err(|e| e.to_string());
+                let reloaded = server.reload(&identity.conf_text(members)).map_err(|e| e.to_string());
+                kept.and(reloaded)
+            }
+            Meeting::External(external) => {
+                members.save(&external.state.members()).map_err(|e| e.to_string())
+            }
+        };
+        if let Err(e) = result {
             warn!("the members' addresses are not kept: {e}");
         }
     }

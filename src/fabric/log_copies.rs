@@ -161,6 +161,14 @@ pub struct LogCopies {
 }
 
 impl LogCopies {
+    /// Where nothing is to be moved.
+    pub(super) fn as_seen(seen: &Seen) -> Self {
+        let mut copies: Vec<String> =
+            seen.followers.iter().map(|(name, _)| name.clone()).chain(seen.leader.clone()).collect();
+        copies.sort();
+        Self { leader: seen.leader.clone(), wanted: copies.clone(), copies, ..Self::default() }
+    }
+
     pub(super) fn describe(wanted: &Wanted, seen: &Seen, step: &Step) -> Self {
         let mut copies: Vec<String> =
             seen.followers.iter().map(|(name, _)| name.clone()).chain(seen.leader.clone()).collect();

@@ -12,8 +12,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::link::{Incoming, LogEnd, LogRequest, Logged};
-use super::log_stream::stream_name;
-use super::subjects;
+use super::subjects::Subjects;
 use crate::core::message::{Fragment, decode};
 
 /// A server that has a message sends it at once.
@@ -30,6 +29,7 @@ pub(super) const QUEUE: usize = 64;
 /// Reads what is asked for, until nobody can ask any more.
 pub(super) async fn run(
     client: Client,
+    subjects: Subjects,
     mut requests: mpsc::Receiver<LogRequest>,
     answers: mpsc::Sender<Incoming>,
 ) {
@@ -38,9 +38,9 @@ pub(super) async fn run(
         while running.len() >= AT_ONCE {
             running.join_next().await;
         }
-        let (client, answers) = (client.clone(), answers.clone());
+        let (client, subjects, answers) = (client.clone(), subjects.clone(), answers.clone());
         running.spawn(async move {
-            let reader = Reader::new(&client, &asked);
+            let reader = Reader::new(&client, &subjects, &asked);
             let (pieces, end) = match reader.read(&asked).await {
                 Ok(read) => read,
                 Err(why) => (Vec::new(), LogEnd::Gone(why)),
@@ -67,11 +67,11 @@ struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    fn new(client: &'a Client, asked: &LogRequest) -> Self {
+    fn new(client: &'a Client, subjects: &Subjects, asked: &LogRequest) -> Self {
         Self {
             client,
-            api: format!("$JS.API.DIRECT.GET.{}", stream_name(&asked.node)),
-            subject: subjects::commits_of(&asked.node, &asked.db, asked.site),
+            api: format!("$JS.API.DIRECT.GET.{}", subjects.stream(&asked.node)),
+            subject: subjects.commits_of(&asked.node, &asked.db, asked.site),
         }
     }
 

@@ -13,11 +13,10 @@ use tracing::{debug, info, warn};
 
 use super::hello::Roster;
 use super::log_copies::{LogCopies, LogReplicas, Seen, Step, Wanted, at_home, next_step, place};
-use super::{monitor, subjects};
+use super::monitor;
+use super::subjects::{STREAMS, Subjects};
 use crate::core::names::NodeName;
 
-/// What the names of logs begin with.
-const PREFIX: &str = "LM_";
 /// There is no such stream.
 const NOT_FOUND: u64 = 10059;
 /// The least a server takes.
@@ -182,15 +181,16 @@ pub(super) struct Keeper {
     pub(super) state_dir: PathBuf,
     pub(super) counters: Arc<LogCounters>,
     pub(super) roster: Arc<Roster>,
-    /// Where our own server tells what it holds.
-    pub(super) monitor: SocketAddr,
+    pub(super) subjects: Subjects,
+    /// Where our own server tells what it holds; none where the servers are not ours to place anything on.
+    pub(super) monitor: Option<SocketAddr>,
 }
 
 impl Keeper {
     /// Ends when it is aborted.
     pub(super) async fn run(self) {
         let Self { node, counters, .. } = &self;
-        let mut delay = FIRST_RETRY;
+        let (mut delay, mut told) = (FIRST_RETRY, false);
         loop {
             if counters.unwanted.load(Ordering::Relaxed) {
                 sleep(GLANCE).await;
@@ -201,11 +201,19 @@ impl Keeper {
                     if !counters.exists.swap(true, Ordering::Relaxed) {
                         info!(%node, "the log's stream is there");
                     }
-                    delay = FIRST_RETRY;
+                    (delay, told) = (FIRST_RETRY, false);
                     self.watch().await;
                 }
                 Err(reason) => {
                     debug!(%node, reason, "the log's stream is not there yet");
+                    // What our own servers lack comes by itself; what another system's lack is its operator's to give.
+                    if self.monitor.is_none() && self.is_connected() && delay == LAST_RETRY && !told {
+                        told = true;
+                        warn!(
+                            "this node has no log in JetStream ({reason}): commits are sent live, and what a node misses it \
+                             fetches from the others' rows; it is tried again"
+                        );
+                    }
                     counters.failed(reason);
                     sleep(delay).await;
                     delay = (delay * 2).min(LAST_RETRY);
@@ -237,10 +245,17 @@ impl Keeper {
                 (awaited, since) = (sent, Instant::now());
             } else if since.elapsed() >= overdue {
                 since = Instant::now();
-                if takes_messages(&self.client, node).await {
+                if self.takes_messages().await {
                     // It answers in order: what it did not answer to was lost on the way, or not written.
                     counters.answered.fetch_max(sent, Ordering::Relaxed);
-                } else if has_room(&self.state_dir) && remove(&self.client, node).await {
+                } else if self.monitor.is_none() {
+                    // A disk that is not ours: its operator makes room, or the system is away. A stream that is gone is made
+                    // anew.
+                    if self.is_connected() && matches!(self.look().await, Ok(None)) {
+                        counters.exists.store(false, Ordering::Relaxed);
+                        return;
+                    }
+                } else if has_room(&self.state_dir) && self.remove().await {
                     warn!(%node, "the log's stream could not be written any more: it is made anew");
                     counters.exists.store(false, Ordering::Relaxed);
                     counters.answered.fetch_max(sent, Ordering::Relaxed);
@@ -253,8 +268,14 @@ impl Keeper {
     /// Takes one step towards where the copies should be; whether they are there.
     async fn tend(&self, members: &[NodeName], short: &mut u32) -> bool {
         let Self { node, counters, .. } = self;
-        if let Ok(hosted) = monitor::hosted(self.monitor).await {
-            let logs: Vec<_> = hosted.iter().filter(|s| s.name.starts_with(PREFIX)).collect();
+        let Some(monitor) = self.monitor else {
+            if let Ok(Some(seen)) = self.look().await {
+                *counters.copies.lock().expect("nothing panics while it is held") = LogCopies::as_seen(&seen);
+            }
+            return true;
+        };
+        if let Ok(hosted) = monitor::hosted(monitor).await {
+            let logs: Vec<_> = hosted.iter().filter(|s| s.name.starts_with(STREAMS)).collect();
             let led = logs.iter().filter(|s| s.leader.as_deref() == Some(node.as_str())).count();
             counters.leads.store(led as u64, Ordering::Relaxed);
             counters.holds.store(logs.len() as u64, Ordering::Relaxed);
@@ -292,9 +313,10 @@ impl Keeper {
     }
 
     async fn ask(&self, verb: &str, request: &Value) -> Result<async_nats::Message, String> {
-        let subject = format!("$JS.API.{verb}.{}", stream_name(&self.node));
+        let subject = format!("$JS.API.{verb}.{}", self.subjects.stream(&self.node));
         match timeout(ANSWER_PATIENCE, self.client.request(subject, request.to_string().into())).await {
             Ok(answer) => answer.map_err(|e| e.to_string()),
+            Err(_) if self.monitor.is_none() => Err("JetStream does not answer".to_owned()),
             Err(_) => Err("nobody answers: the cluster has no leader".to_owned()),
         }
     }
@@ -310,18 +332,60 @@ impl Keeper {
     }
 
     async fn update(&self, replicas: usize, tags: &[String]) -> Result<(), String> {
-        let mut config = stream_config(&self.node, self.limits);
+        let mut config = self.config();
         place(&mut config, replicas, tags);
         refused(self.ask("STREAM.UPDATE", &config).await?)
     }
 
     async fn ensure(&self) -> Result<(), String> {
+        let is_ours = self.monitor.is_some();
+        let elsewhere = if self.limits.replicas == LogReplicas::Three { 3 } else { 1 };
         if let Some(seen) = self.look().await? {
-            return self.update(seen.replicas, &seen.tags).await;
+            let replicas = if is_ours { seen.replicas } else { elsewhere };
+            return self.update(replicas, &seen.tags).await;
         }
-        let mut config = stream_config(&self.node, self.limits);
-        place(&mut config, 1, &at_home(&self.node));
+        let mut config = self.config();
+        match is_ours {
+            true => place(&mut config, 1, &at_home(&self.node)),
+            // Its servers have no tags of ours: it places the stream as it does any.
+            false => place(&mut config, elsewhere, &[]),
+        }
         refused(self.ask("STREAM.CREATE", &config).await?)
+    }
+
+    fn is_connected(&self) -> bool {
+        self.client.connection_state() == async_nats::connection::State::Connected
+    }
+
+    /// Whether the stream stores a message; one that is nobody's.
+    async fn takes_messages(&self) -> bool {
+        let asked = self.client.request(self.subjects.probe(&self.node), "".into());
+        matches!(timeout(PROBE_PATIENCE, asked).await, Ok(Ok(answer)) if error_of(&answer).is_none())
+    }
+
+    async fn remove(&self) -> bool {
+        let subject = format!("$JS.API.STREAM.DELETE.{}", self.subjects.stream(&self.node));
+        let request = self.client.request(subject, "".into());
+        matches!(timeout(PROBE_PATIENCE, request).await, Ok(Ok(answer)) if error_of(&answer).is_none())
+    }
+
+    fn config(&self) -> Value {
+        let Self { node, limits, subjects, .. } = self;
+        json!({
+            "name": subjects.stream(node),
+            "subjects": [subjects.all_commits_of(node)],
+            "retention": "limits",
+            "storage": "file",
+            "discard": "old",
+            "compression": "s2",
+            "max_bytes": limits.max_bytes,
+            "max_age": u64::try_from(limits.max_age.as_nanos()).unwrap_or(u64::MAX),
+            // Nothing carries a message id; but a server that starts reads all that is younger than this.
+            "duplicate_window": DUPLICATE_WINDOW_NS,
+            "max_consumers": -1,
+            "max_msgs": -1,
+            "allow_direct": true,
+        })
     }
 }
 
@@ -329,42 +393,13 @@ fn refused(answer: async_nats::Message) -> Result<(), String> {
     error_of(&answer).map_or(Ok(()), |(_, reason)| Err(reason))
 }
 
-/// Whether the stream stores a message; one that is nobody's.
-async fn takes_messages(client: &async_nats::Client, node: &NodeName) -> bool {
-    let asked = timeout(PROBE_PATIENCE, client.request(subjects::probe(node), "".into())).await;
-    matches!(asked, Ok(Ok(answer)) if error_of(&answer).is_none())
-}
-
-async fn remove(client: &async_nats::Client, node: &NodeName) -> bool {
-    let request = client.request(format!("$JS.API.STREAM.DELETE.{}", stream_name(node)), "".into());
-    matches!(timeout(PROBE_PATIENCE, request).await, Ok(Ok(answer)) if error_of(&answer).is_none())
-}
-
 fn has_room(state_dir: &Path) -> bool {
     rustix::fs::statvfs(state_dir).is_ok_and(|d| d.f_bavail.saturating_mul(d.f_frsize) >= ROOM_BYTES)
 }
 
-/// The name of a node's stream.
+/// The name of a node's stream on bundled servers.
 pub fn stream_name(node: &NodeName) -> String {
-    format!("{PREFIX}{node}")
-}
-
-fn stream_config(node: &NodeName, limits: LogLimits) -> Value {
-    json!({
-        "name": stream_name(node),
-        "subjects": [format!("lm.c.{node}.>")],
-        "retention": "limits",
-        "storage": "file",
-        "discard": "old",
-        "compression": "s2",
-        "max_bytes": limits.max_bytes,
-        "max_age": u64::try_from(limits.max_age.as_nanos()).unwrap_or(u64::MAX),
-        // Nothing carries a message id; but a server that starts reads all that is younger than this.
-        "duplicate_window": DUPLICATE_WINDOW_NS,
-        "max_consumers": -1,
-        "max_msgs": -1,
-        "allow_direct": true,
-    })
+    Subjects::bundled().stream(node)
 }
 
 /// The error in an answer of JetStream: its code and text.

@@ -1,6 +1,7 @@
 //! The fabric of a real node. Invariant: nothing of NATS ever holds up its caller: what cannot be sent at once is
 //! refused, what cannot be taken in at once is dropped and counted, and the peers repair it.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -13,34 +14,23 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tracing::debug;
 
-use super::accounts::MESH_USER;
-use super::bootstrap::{self, Founding};
+use super::bundled::Bundled;
 use super::conf::MAX_PAYLOAD_BYTES;
 use super::error::FabricError;
 use super::events::{Answers, Events};
-use super::hello::{Exchange, Roster};
-use super::identity::Identity;
+use super::external::{self, External};
+use super::hello::Roster;
 use super::link::{Incoming, LogRequest, Outgoing};
-use super::log_read;
 use super::log_stream::{Keeper, LogCounters, LogState};
-use super::members::Members;
-use super::options::FabricOptions;
-use super::rotation::{Rotation, Told};
-use super::server::{self, AS_EXPECTED, Server, ServerSetup};
+use super::options::{FabricOptions, StateDir};
 use super::state_lock::StateLock;
-use super::subjects::{self, Envelope};
-use super::token::JoinToken;
-use super::{departure, gate, monitor, private_file, watchdog};
+use super::subjects::{Envelope, Subjects};
+use super::{log_read, monitor, private_file};
 use crate::core::names::NodeName;
 
 /// A server on the same host that takes nothing for this long is not going to.
 const SEND_PATIENCE: Duration = Duration::from_secs(1);
 const FLUSH_PATIENCE: Duration = Duration::from_secs(5);
-const CONNECT_PATIENCE: Duration = Duration::from_secs(10);
-/// Servers dial a peer that is away once a second.
-const PEERS_PATIENCE: Duration = Duration::from_secs(3);
-const FIRST_RECONNECT: Duration = Duration::from_millis(20);
-const LAST_RECONNECT: Duration = Duration::from_millis(500);
 /// The largest message that may be sent: the server's limit, less what headers could take.
 pub const MAX_MESSAGE_BYTES: usize = MAX_PAYLOAD_BYTES - 64 * 1024;
 /// Any user may ask this of a server; the answer says that everything sent before has been read.
@@ -71,6 +61,8 @@ pub struct ServerInfo {
     pub dropped_commits: u64,
     /// Other messages that were not taken in time.
     pub dropped_messages: u64,
+    /// The server is not ours.
+    pub external: bool,
 }
 
 #[derive(Debug, Default)]
@@ -79,23 +71,32 @@ struct Drops {
     messages: AtomicU64,
 }
 
+/// What carries the mesh.
+pub(super) enum System {
+    /// A server that this process runs.
+    Bundled(Bundled),
+    /// One that somebody else runs.
+    External(Arc<External>),
+}
+
 /// A node's connection to its mesh, and the server it goes through.
 pub struct Fabric {
-    identity: Arc<Identity>,
-    client: async_nats::Client,
-    server: Arc<Server>,
-    roster: Arc<Roster>,
-    log: Arc<LogCounters>,
+    pub(super) node: NodeName,
+    pub(super) system: System,
+    pub(super) subjects: Subjects,
+    pub(super) client: async_nats::Client,
+    pub(super) roster: Arc<Roster>,
+    pub(super) log: Arc<LogCounters>,
     drops: Arc<Drops>,
     answers: Arc<Answers>,
-    keys: Arc<Told>,
-    is_founder: bool,
     /// Where the log answers to commits.
     ack_subject: String,
     /// What is to be read of logs.
     readings: mpsc::Sender<LogRequest>,
     /// Ended when it is dropped.
     tasks: JoinSet<()>,
+    /// While no server of our own holds it.
+    _lock: Option<StateLock>,
 }
 
 impl Fabric {
@@ -104,49 +105,33 @@ impl Fabric {
         private_file::make_dir(&options.state_dir)
             .map_err(|source| FabricError::System { what: "cannot make the state directory", source })?;
         let lock = StateLock::take(&options.state_dir).await?;
-        let (identity, members, founder) = Identity::establish(&options).await?;
-        let bin = identity.state.bin();
-        let binary = tokio::task::spawn_blocking(move || nats_launcher::Bundle::install(&bin))
-            .await
-            .map_err(|e| FabricError::System { what: "unpacking", source: std::io::Error::other(e) })??;
-        let is_founder = founder.is_some();
-        if let Some(door) = founder {
-            found_aside(&identity, &binary).await?;
-            // From now on the real server answers there: whoever waits is to join it.
-            door.close().await;
-        }
         let mut tasks = JoinSet::new();
-        // Before the server is ready: it loads its streams as soon as the gate is open.
-        tasks.spawn(gate::hold(identity.ports.gate, identity.accounts.gate.clone()));
-        let conf = identity.conf_text(&members);
-        let server = match start_server(&identity, &binary, &conf, &options, lock).await {
-            Err(FabricError::Server { reason }) if server::is_damage(&reason) => {
-                watchdog::set_aside(&identity.state.store(), &reason)?;
-                let lock = StateLock::take(&options.state_dir).await?;
-                start_server(&identity, &binary, &conf, &options, lock).await?
+        let (system, subjects, client, members, lock) = match &options.external {
+            None => {
+                external::expect_none(&StateDir::new(&options.state_dir))?;
+                let (bundled, client, members) = Bundled::start(&options, lock, &mut tasks).await?;
+                (System::Bundled(bundled), Subjects::bundled(), client, members, None)
             }
-            started => started?,
+            Some(nats) => {
+                let (external, client, members) = External::start(nats, &options).await?;
+                let subjects = Subjects::of_mesh(&nats.mesh);
+                (System::External(external), subjects, client, members, Some(lock))
+            }
         };
-        if !bootstrap::is_done(identity.state.path()) {
-            found_or_return(&identity, &binary, options.join.is_some()).await?;
-        }
-        let client = connect(&identity).await?;
-        let (server, identity) = (Arc::new(server), Arc::new(identity));
-        let roster = Arc::new(Roster::new(members));
         let (readings, to_read) = mpsc::channel(log_read::QUEUE);
         let fabric = Self {
+            node: options.node.clone(),
+            system,
+            subjects,
             ack_subject: client.new_inbox(),
             readings,
+            roster: Arc::new(Roster::new(members)),
             log: Arc::default(),
             drops: Arc::default(),
             answers: Arc::default(),
-            keys: Arc::default(),
-            is_founder,
-            identity,
             client,
-            server,
-            roster,
             tasks,
+            _lock: lock,
         };
         fabric.run(&options, to_read).await
     }
@@ -158,24 +143,21 @@ impl Fabric {
         to_read: mpsc::Receiver<LogRequest>,
     ) -> Result<(Self, mpsc::Receiver<Incoming>), FabricError> {
         let (to_replica, incoming) = mpsc::channel(options.incoming_capacity.max(1));
-        let node = self.identity.node.clone();
+        let (node, ours) = (self.node.clone(), self.subjects.clone());
         let mut subscribers = Vec::new();
-        for subject in [subjects::ALL_COMMITS, subjects::ALL_BROADCASTS, subjects::all_direct(&node).as_str()]
-        {
-            subscribers.push(self.subscribe(subject).await?);
+        for subject in [ours.all_commits(), ours.all_broadcasts(), ours.all_direct(&node)] {
+            subscribers.push(self.subscribe(&subject).await?);
         }
         let mut acks = self.subscribe(&format!("{}.*", self.ack_subject)).await?;
-        let hellos = self.subscribe(subjects::ALL_HELLOS).await?;
-        let keys_said = self.subscribe(subjects::ALL_KEYS).await?;
-        let keys_handed = self.subscribe(&subjects::keys_for(&node)).await?;
-        let answers = self.subscribe(&subjects::all_answers(node.as_str())).await?;
-        self.flush().await?;
-        self.tasks.spawn(log_read::run(self.client.clone(), to_read, to_replica.clone()));
+        let hellos = self.subscribe(&ours.all_hellos()).await?;
+        let answers = self.subscribe(&ours.all_answers(node.as_str())).await?;
+        self.tasks.spawn(log_read::run(self.client.clone(), ours.clone(), to_read, to_replica.clone()));
         let (drops, log) = (self.drops.clone(), self.log.clone());
+        let subjects = ours.clone();
         self.tasks.spawn(async move {
             let mut messages = select_all(subscribers);
             while let Some(message) = messages.next().await {
-                if let Some(incoming) = subjects::open(&node, &message.subject, message.payload) {
+                if let Some(incoming) = subjects.open(&node, &message.subject, message.payload) {
                     hand_over(&to_replica, &drops, incoming);
                 }
             }
@@ -185,40 +167,43 @@ impl Fabric {
                 log.answered(&message);
             }
         });
+        self.tasks.spawn(self.answers.clone().hear(answers));
+        let monitor = self.run_system().await?;
         let keeper = Keeper {
             client: self.client.clone(),
-            node: self.identity.node.clone(),
+            node: self.node.clone(),
             limits: options.log,
-            state_dir: self.identity.state.path().to_owned(),
+            state_dir: options.state_dir.clone(),
             counters: self.log.clone(),
             roster: self.roster.clone(),
-            monitor: self.identity.ports.monitor,
+            subjects: ours,
+            monitor,
         };
         self.tasks.spawn(keeper.run());
         self.tasks.spawn(self.exchange().run(hellos));
-        self.tasks.spawn(self.rotation().run(keys_said, keys_handed));
-        self.tasks.spawn(self.answers.clone().hear(answers));
-        let (address, store) = (self.identity.ports.monitor, self.identity.state.store());
-        self.tasks.spawn(watchdog::watch(self.server.clone(), address, store, watchdog::PERIOD));
         Ok((self, incoming))
     }
 
-    fn exchange(&self) -> Exchange {
-        Exchange {
-            client: self.client.clone(),
-            identity: self.identity.clone(),
-            server: self.server.clone(),
-            roster: self.roster.clone(),
-        }
-    }
-
-    fn rotation(&self) -> Rotation {
-        Rotation {
-            client: self.client.clone(),
-            identity: self.identity.clone(),
-            server: self.server.clone(),
-            roster: self.roster.clone(),
-            told: self.keys.clone(),
+    /// What goes on with a server of our own alone, or another's. Returns where our own is asked about its state.
+    async fn run_system(&mut self) -> Result<Option<SocketAddr>, FabricError> {
+        match &self.system {
+            System::Bundled(bundled) => {
+                let monitor = bundled.identity.ports.monitor;
+                let said = self.subscribe(&self.subjects.all_keys()).await?;
+                let handed = self.subscribe(&self.subjects.keys_for(&self.node)).await?;
+                self.flush().await?;
+                let rotation = self.rotation()?;
+                self.tasks.spawn(rotation.run(said, handed));
+                Ok(Some(monitor))
+            }
+            System::External(external) => {
+                let asked = self.subscribe(&self.subjects.presence(&self.node)).await?;
+                if self.connected() {
+                    external.permits(&self.client).await?;
+                }
+                self.tasks.spawn(External::be_there(self.client.clone(), asked));
+                Ok(None)
+            }
         }
     }
 
@@ -234,11 +219,12 @@ impl Fabric {
         if let Outgoing::ReadLog(asked) = out {
             return self.readings.try_send(asked).map_err(|_| FabricError::Stalled);
         }
-        let Some(Envelope { subject, payload, logged }) = Envelope::seal(&self.identity.node, out) else {
+        let Some(Envelope { subject, payload, logged }) = self.subjects.seal(&self.node, out) else {
             return Ok(());
         };
-        if payload.len() > MAX_MESSAGE_BYTES {
-            return Err(FabricError::TooLarge { len: payload.len(), limit: MAX_MESSAGE_BYTES });
+        let limit = MAX_MESSAGE_BYTES.min(self.client.max_payload());
+        if payload.len() > limit {
+            return Err(FabricError::TooLarge { len: payload.len(), limit });
         }
         // The client would keep it, and its caller waiting, until the server is back.
         if !self.connected() {
@@ -266,7 +252,12 @@ impl Fabric {
 
     /// What tells the host's programs of changes of rows.
     pub fn events(&self) -> Events {
-        Events::new(self.identity.node.clone(), self.client.clone(), self.answers.clone())
+        Events::new(
+            self.node.clone(),
+            self.subjects.clone(),
+            self.client.clone(),
+            self.answers.clone(),
+        )
     }
 
     /// Until our own server has read everything that was sent before.
@@ -283,198 +274,55 @@ impl Fabric {
         self.client.connection_state() == State::Connected
     }
 
-    /// What lets another node join: the key, and where this node and those it knows listen.
-    pub fn join_token(&self) -> Result<JoinToken, FabricError> {
-        let mut addresses = self.identity.own.clone();
-        addresses.extend(self.roster.routes(&self.identity.own));
-        Ok(JoinToken::new(self.identity.ring().current().clone(), addresses)?)
-    }
-
-    /// Names the mesh, for ever.
-    pub fn mesh_id(&self) -> String {
-        self.identity.mesh_id.clone()
-    }
-
-    /// Makes a new key for the mesh. The old one is accepted until every member has the new one.
-    pub fn change_key(&self) -> Result<(), FabricError> {
-        self.rotation().change()
-    }
-
-    /// Has all nodes accept the key from before the last change no more, whoever has no other.
-    pub fn drop_old_key(&self) -> Result<(), FabricError> {
-        self.rotation().drop_old()
-    }
-
-    /// The members that are not known to have the mesh's new key; none unless it is being changed.
-    pub fn without_new_key(&self) -> Vec<NodeName> {
-        self.rotation().waiting_for()
-    }
-
-    /// Why no peer lets this node in, if it is because of its key.
-    pub fn key_notice(&self) -> Option<String> {
-        self.keys.notice()
-    }
-
-    /// Whether two keys are accepted.
-    pub fn is_key_changing(&self) -> bool {
-        self.identity.ring().previous().is_some()
-    }
-
-    /// Whether this start has founded the mesh for a list of peers that wait for it.
-    pub fn is_founder(&self) -> bool {
-        self.is_founder
-    }
-
-    /// The other nodes that were ever heard of, connected or not.
-    pub fn members(&self) -> Vec<NodeName> {
-        self.roster.names()
-    }
-
-    /// The nodes that left or were removed, and did not come again.
-    pub fn gone(&self) -> Vec<NodeName> {
-        self.roster.gone()
-    }
-
-    /// Takes a node out of the mesh that is stopped and will not come back, on all nodes. Should it come back all the
-    /// same, it is a member again.
-    pub async fn remove_member(&self, node: &NodeName) -> Result<(), FabricError> {
-        let members = self.members();
-        if !members.contains(node) && *node != self.identity.node {
-            return Err(FabricError::NoMember { node: node.clone(), members });
-        }
-        departure::remove(&self.identity, node, &self.roster.addresses(node)).await?;
-        self.exchange().forget(node).await;
-        Ok(())
-    }
-
-    /// Streams of the host's programs of which nobody answers now.
-    pub async fn unanswered_streams(&self) -> Result<Vec<String>, FabricError> {
-        departure::unanswered_streams(&self.identity).await
-    }
-
-    /// Streams that are bound to this node by a tag, other than its log.
-    pub async fn bound_streams(&self) -> Result<Vec<String>, FabricError> {
-        departure::bound_streams(&self.identity).await
-    }
-
-    /// An error says why this node cannot leave now.
-    pub async fn may_leave(&self) -> Result<(), FabricError> {
-        departure::may_leave(&self.identity).await
-    }
-
-    /// Gives the streams on this node to others. It stays a member.
-    pub async fn evacuate(&self, patience: Duration) -> Result<(), FabricError> {
-        // It would be brought back to where it should be.
-        self.log.set_unwanted(true);
-        departure::evacuate(&self.identity, patience).await.inspect_err(|_| self.log.set_unwanted(false))
-    }
-
-    /// After [`Fabric::evacuate`]: the node does not leave after all.
-    pub fn stay(&self) {
-        self.set_leaving(false);
-    }
-
-    /// Takes this node out of the mesh. Afterwards it has to be shut down, at once.
-    pub async fn leave(&self) -> Result<(), FabricError> {
-        self.set_leaving(true);
-        if let Err(e) = departure::leave(&self.identity).await {
-            self.set_leaving(false);
-            return Err(e);
-        }
-        self.exchange().say_farewell().await;
-        // It is on its way to the peers when our own server has read it.
-        self.flush().await
-    }
-
-    /// A node that leaves does not say that it is there, and does not make its log anew.
-    fn set_leaving(&self, leaving: bool) {
-        self.roster.set_leaving(leaving);
-        self.log.set_unwanted(leaving);
-    }
-
-    /// Whether the cluster can decide anything at all: more than half of its servers are connected.
-    pub async fn can_decide(&self) -> bool {
-        departure::has_leader(&self.identity).await
-    }
-
-    /// The members whose servers are not connected to ours.
-    pub async fn absent(&self) -> Result<Vec<NodeName>, FabricError> {
-        let failed = |source| FabricError::System { what: "our own nats-server does not answer", source };
-        let connected = monitor::route_names(self.identity.ports.monitor).await.map_err(failed)?;
-        let is_absent = |node: &NodeName| !connected.iter().any(|name| name == node.as_str());
-        Ok(self.members().into_iter().filter(is_absent).collect())
-    }
-
-    /// Has the cluster go on without the members that are gone, though they were too many for it to decide that.
-    pub async fn rescue(&self, gone: &[NodeName]) -> Result<(), FabricError> {
-        let with_addresses = |node: &NodeName| (node.clone(), self.roster.addresses(node));
-        let gone: Vec<_> = gone.iter().map(with_addresses).collect();
-        departure::rescue(&self.identity, &gone).await?;
-        for (node, _) in &gone {
-            self.exchange().forget(node).await;
-        }
-        Ok(())
-    }
-
-    /// The state of our own server. What it does not tell within a moment is left empty.
+    /// The state of our own server, or of the connection to another system. What is not told within a moment is left empty.
     pub async fn server_info(&self) -> ServerInfo {
-        let address = self.identity.ports.monitor;
+        let info = ServerInfo {
+            version: self.client.server_info().version,
+            log: self.log.state(),
+            dropped_commits: self.drops.commits.load(Ordering::Relaxed),
+            dropped_messages: self.drops.messages.load(Ordering::Relaxed),
+            ..ServerInfo::default()
+        };
+        let (identity, server) = match &self.system {
+            System::Bundled(bundled) => (&bundled.identity, &bundled.server),
+            System::External(external) => {
+                return ServerInfo {
+                    healthy: self.connected(),
+                    client_url: external.url.clone(),
+                    external: true,
+                    ..info
+                };
+            }
+        };
+        let address = identity.ports.monitor;
         let routes = monitor::route_names(address).await.unwrap_or_default();
         let healthy = monitor::is_healthy(address).await;
         let group = monitor::meta_group(address).await.unwrap_or_default();
         ServerInfo {
             leader: group.leader,
             servers: group.size,
-            pid: self.server.pid(),
-            restarts: self.server.restarts(),
+            pid: server.pid(),
+            restarts: server.restarts(),
             healthy,
-            version: self.client.server_info().version,
             routes,
-            client_url: format!("nats://{}", self.identity.ports.client_address()),
-            log: self.log.state(),
-            dropped_commits: self.drops.commits.load(Ordering::Relaxed),
-            dropped_messages: self.drops.messages.load(Ordering::Relaxed),
+            client_url: format!("nats://{}", identity.ports.client_address()),
+            ..info
         }
     }
 
     /// Hands over what was sent, closes, and stops the server.
     pub async fn shutdown(self) {
-        let Self { client, server, mut tasks, .. } = self;
+        let Self { client, system, mut tasks, _lock, .. } = self;
         if client.connection_state() == State::Connected {
             // A server that no longer answers cannot be handed anything.
             let _ = timeout(FLUSH_PATIENCE, client.request(WHO_AM_I, "".into())).await;
         }
         tasks.shutdown().await;
         drop(client);
+        let System::Bundled(Bundled { server, .. }) = system else { return };
         match Arc::into_inner(server) {
             Some(server) => server.stop().await,
             None => debug!("the server is still in use: it ends with its last user"),
-        }
-    }
-}
-
-/// Starts the server, and waits until it is ready.
-async fn start_server(
-    identity: &Identity,
-    binary: &std::path::Path,
-    conf: &str,
-    options: &FabricOptions,
-    lock: StateLock,
-) -> Result<Server, FabricError> {
-    let setup = ServerSetup {
-        name: identity.node.as_str(),
-        binary,
-        conf_path: identity.state.conf(),
-        conf,
-        memory_limit_mib: Some(options.memory_budget_mib),
-        hushed: AS_EXPECTED.to_vec(),
-    };
-    let server = Server::start(setup, Some(lock))?;
-    match server.ready(&identity.ports).await {
-        Ok(()) => Ok(server),
-        Err(e) => {
-            server.stop().await;
-            Err(e)
         }
     }
 }
@@ -487,74 +335,4 @@ fn hand_over(to_replica: &mpsc::Sender<Incoming>, drops: &Drops, incoming: Incom
         };
         counter.fetch_add(1, Ordering::Relaxed);
     }
-}
-
-/// A node that is started with its own token may be the first, or the first one that has lost its disk: then its peers
-/// dial it, and there must not be a second cluster.
-async fn found_or_return(
-    identity: &Identity,
-    binary: &std::path::Path,
-    may_have_peers: bool,
-) -> Result<(), FabricError> {
-    if may_have_peers && monitor::peer_within(identity.ports.monitor, PEERS_PATIENCE).await {
-        return bootstrap::mark_done(identity.state.path());
-    }
-    bootstrap::found(Founding {
-        conf: identity.conf(&[]),
-        ports: &identity.ports,
-        binary,
-        state_dir: identity.state.path(),
-        connect: identity.client_options(bootstrap::sys_options(&identity.accounts))?,
-    })
-    .await
-}
-
-/// Founds the cluster where no peer can meet it half-founded.
-async fn found_aside(identity: &Identity, binary: &std::path::Path) -> Result<(), FabricError> {
-    let aside = identity.aside()?;
-    let setup = ServerSetup {
-        name: aside.node.as_str(),
-        binary,
-        conf_path: aside.state.conf(),
-        conf: &aside.conf_text(&Members::default()),
-        memory_limit_mib: None,
-        hushed: AS_EXPECTED.to_vec(),
-    };
-    let server = Server::start(setup, None)?;
-    let gate = tokio::spawn(gate::hold(aside.ports.gate, aside.accounts.gate.clone()));
-    let result = async {
-        server.ready(&aside.ports).await?;
-        found_or_return(&aside, binary, false).await
-    }
-    .await;
-    gate.abort();
-    server.stop().await;
-    result
-}
-
-async fn connect(identity: &Identity) -> Result<async_nats::Client, FabricError> {
-    let options = async_nats::ConnectOptions::with_user_and_password(
-        MESH_USER.to_owned(),
-        identity.accounts.mesh.reveal().to_owned(),
-    )
-    .name("litemesh")
-    .no_echo()
-    // Only our own server: another node's has other passwords, and is not ours to depend on.
-    .ignore_discovered_servers()
-    .max_reconnects(None)
-    .ping_interval(Duration::from_secs(5))
-    .reconnect_delay_callback(|attempt| {
-        let attempt = u32::try_from(attempt).unwrap_or(u32::MAX);
-        FIRST_RECONNECT.saturating_mul(attempt).min(LAST_RECONNECT)
-    })
-    // Every subject is made of names that were checked.
-    .skip_subject_validation(true)
-    .event_callback(|event| async move { debug!("nats: {event}") });
-    let options = identity.client_options(options)?;
-    let address = format!("nats://{}", identity.ports.client_address());
-    let refused = |reason: String| FabricError::Connect { reason };
-    timeout(CONNECT_PATIENCE, options.connect(address))
-        .await
-        .map_err(|_| refused("no answer".to_owned()))?
-        .map_err(|e| refused(e.to_string()))
 }

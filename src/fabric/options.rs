@@ -10,7 +10,7 @@ use super::certs::CA_FILE;
 use super::keys::MeshKey;
 use super::log_stream::LogLimits;
 use super::token::JoinToken;
-use crate::core::names::NodeName;
+use crate::core::names::{MeshName, NodeName};
 
 /// Another NATS system that the host's programs are connected to.
 #[derive(Clone, PartialEq, Eq)]
@@ -26,6 +26,41 @@ pub struct LeafHub {
 impl fmt::Debug for LeafHub {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("LeafHub").field("credentials", &self.credentials).finish_non_exhaustive()
+    }
+}
+
+/// A NATS system that the nodes meet on instead of servers of their own.
+#[derive(Clone, PartialEq, Eq)]
+pub struct ExternalNats {
+    /// Its client ports, as `nats://host:port` or `tls://host:port`, without what lets us in.
+    pub servers: Vec<String>,
+    /// A user's name; without a password, a token.
+    pub user: Option<String>,
+    /// The user's password.
+    pub password: Option<String>,
+    /// A file with credentials.
+    pub credentials: Option<PathBuf>,
+    /// A file with the CA that its certificates are checked against.
+    pub ca: Option<PathBuf>,
+    /// Files with a certificate of ours and its key.
+    pub certificate: Option<(PathBuf, PathBuf)>,
+    /// The mesh's name: several may share an account.
+    pub mesh: MeshName,
+}
+
+impl ExternalNats {
+    /// Where it is, for people.
+    pub fn url(&self) -> String {
+        self.servers.join(",")
+    }
+}
+
+impl fmt::Debug for ExternalNats {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ExternalNats")
+            .field("servers", &self.servers)
+            .field("mesh", &self.mesh)
+            .finish_non_exhaustive()
     }
 }
 
@@ -50,6 +85,8 @@ pub struct FabricOptions {
     pub key: Option<MeshKey>,
     /// What the programs' account is connected to, besides the mesh.
     pub leaf: Option<LeafHub>,
+    /// The NATS system that is used instead of a server of this node's own.
+    pub external: Option<ExternalNats>,
     /// The memory nats-server should stay within.
     pub memory_budget_mib: u64,
     /// What this node's log keeps.
@@ -73,6 +110,7 @@ impl FabricOptions {
             join: None,
             peers: Vec::new(),
             leaf: None,
+            external: None,
             key: None,
             memory_budget_mib: 64,
             log: LogLimits::default(),
@@ -154,9 +192,23 @@ impl StateDir {
     }
 
     /// All that makes this node a member of its mesh, the secret first.
-    pub fn of_the_mesh(&self) -> [PathBuf; 7] {
+    pub fn of_the_mesh(&self) -> [PathBuf; 8] {
         let founded = self.0.join("founded");
-        [self.key(), self.tls(), self.accounts(), self.members(), self.conf(), self.store(), founded]
+        [
+            self.key(),
+            self.tls(),
+            self.accounts(),
+            self.members(),
+            self.conf(),
+            self.store(),
+            founded,
+            self.external(),
+        ]
+    }
+
+    /// Says that the node's mesh meets on a NATS system of its operator's.
+    pub(super) fn external(&self) -> PathBuf {
+        self.0.join("external.json")
     }
 
     pub(super) fn tls(&self) -> PathBuf {

@@ -23,7 +23,8 @@ use super::identity::Identity;
 use super::keyring::{KeyRing, parse_key};
 use super::preflight::PreflightError;
 use super::server::Server;
-use super::{monitor, subjects};
+use super::monitor;
+use super::subjects::{self, Subjects};
 use crate::core::names::NodeName;
 
 const FIRST_PAUSE: Duration = Duration::from_millis(300);
@@ -178,7 +179,7 @@ impl Rotation {
     async fn say(&self) {
         let has = Has::of(&self.identity.ring());
         let dropped = self.told.alone().as_ref() == Some(&has);
-        self.publish(subjects::key_of(&self.identity.node), &Said { has, dropped }).await;
+        self.publish(Subjects::bundled().key_of(&self.identity.node), &Said { has, dropped }).await;
     }
 
     async fn publish(&self, subject: String, message: &impl Serialize) {
@@ -191,7 +192,7 @@ impl Rotation {
 
     /// Whether the other one should hear of our key at once.
     async fn hear(&self, message: &async_nats::Message) -> bool {
-        let Some(from) = subjects::key_from(&message.subject) else { return false };
+        let Some(from) = Subjects::bundled().key_from(&message.subject) else { return false };
         let Ok(Said { has: theirs, dropped }) = serde_json::from_slice(&message.payload) else {
             return false;
         };
@@ -204,7 +205,7 @@ impl Rotation {
         if theirs < ours {
             let key = URL_SAFE_NO_PAD.encode(ring.current().to_bytes());
             let handed = Handed { generation: ring.generation(), key };
-            self.publish(subjects::key_for(&self.identity.node, &from), &handed).await;
+            self.publish(Subjects::bundled().key_for(&self.identity.node, &from), &handed).await;
         }
         if theirs == ours && dropped && self.told.alone().as_ref() != Some(&ours) {
             info!(%from, "the mesh's old key is accepted no more");

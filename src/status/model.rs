@@ -80,6 +80,9 @@ pub struct FabricStatus {
     /// See above.
     #[serde(default)]
     pub logs_held: u64,
+    /// The nodes meet on a NATS system of their operator's: there is no server of this node's own.
+    #[serde(default)]
+    pub external: bool,
 }
 
 /// Where the copies of a node's log are.
@@ -369,6 +372,7 @@ pub(super) fn example() -> Status {
             },
             logs_led: 1,
             logs_held: 2,
+            external: false,
         },
         peers: vec![
             PeerStatus {

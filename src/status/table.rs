@@ -48,6 +48,16 @@ fn summary(status: &Status, width: u16) -> String {
 }
 
 fn fabric(f: &FabricStatus) -> String {
+    let log = match f.log_unacked {
+        0 => String::new(),
+        n => format!("; {n} commits not in the log yet"),
+    };
+    if f.external {
+        return match f.connected {
+            true => format!("NATS system at {} (nats-server {}){log}", f.client_url, f.server_version),
+            false => format!("NOT connected to the NATS system at {}; writes go on locally", f.client_url),
+        };
+    }
     if !f.connected {
         return format!(
             "NOT connected to the bundled nats-server {}; writes go on locally",
@@ -58,10 +68,6 @@ fn fabric(f: &FabricStatus) -> String {
     let restarts = match f.server_restarts {
         0 => String::new(),
         n => format!("; {n} restarts"),
-    };
-    let log = match f.log_unacked {
-        0 => String::new(),
-        n => format!("; {n} commits not in the log yet"),
     };
     format!("nats-server {} at {}, routes: {routes}{restarts}{log}", f.server_version, f.client_url)
 }

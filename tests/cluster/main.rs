@@ -6,6 +6,7 @@ mod support;
 mod catchup;
 mod cdc;
 mod crash;
+mod external;
 mod full;
 mod join;
 mod life;

@@ -55,6 +55,8 @@ pub struct Node {
     pub addresses: Vec<SocketAddr>,
     pub databases: Vec<String>,
     pub extra: Vec<String>,
+    /// It runs no nats-server of its own.
+    pub is_guest: bool,
     /// Variables for its process.
     pub variables: Vec<(String, String)>,
     pub process: Option<Child>,
@@ -85,6 +87,7 @@ impl Node {
             addresses: free_addresses(3),
             databases: databases.iter().map(|d| (*d).to_owned()).collect(),
             extra: Vec::new(),
+            is_guest: false,
             variables: Vec::new(),
             process: None,
             output: Arc::default(),
@@ -106,7 +109,11 @@ impl Node {
         let mut command = litemesh();
         command.current_dir(&self.home).arg("up").args(&self.databases).args(["--name", &self.name]);
         command.arg("--state-dir").arg(self.state_dir());
-        for (flag, address) in ["--cluster", "--client", "--http"].iter().zip(&self.addresses) {
+        for (flag, address) in ["--http", "--cluster", "--client"].iter().zip([2, 0, 1]) {
+            let address = &self.addresses[address];
+            if self.is_guest && *flag != "--http" {
+                continue;
+            }
             command.arg(flag).arg(address.to_string());
         }
         if let Some(token) = token {
