@@ -129,7 +129,7 @@ pub async fn run(config: Config, started: impl FnOnce(&Started)) -> Result<()> {
         config: &config,
         has_members: !founds && !fabric.members().is_empty(),
         joins: joins || follows,
-        is_open: fabric.is_external(),
+        fabric: &fabric,
         others_first: if follows { FOUNDER_PATIENCE } else { ANSWER_PATIENCE },
         mesh_id: fabric.mesh_id(),
     };
@@ -180,7 +180,7 @@ enum Ending {
 }
 
 async fn serve_page(listener: TcpListener, routes: axum::Router) {
-    if let Err(e) = axum::serve(listener, routes).await {
+    if let Err(e) = http::serve(listener, routes, std::future::pending()).await {
         warn!("the status page has ended: {e}");
     }
 }
@@ -208,6 +208,7 @@ fn fabric_options(config: &Config) -> Result<FabricOptions> {
     let with_log_mib = config.log_max_bytes.div_ceil(1 << 20) + OTHER_STREAMS_MIB;
     options.store_limit_mib = options.store_limit_mib.max(with_log_mib);
     options.leaf = config.leaf.clone().map(|l| LeafHub { url: l.url, credentials: l.credentials, ca: l.ca });
+    options.memory_budget_mib = config.nats_memory_mib;
     options.external = config.external.clone().map(external_nats);
     options.peers = config.peers.iter().map(|p| p.to_string().parse()).collect::<Result<_, _>>()?;
     let belongs = StateDir::new(&config.state_dir).key().exists();

@@ -143,6 +143,11 @@ pub struct UpArgs {
     /// How many nodes keep a copy of this node's log stream: 1, 3, or auto, which is 3 from three nodes on [default: auto].
     #[arg(long, value_name = "auto|1|3")]
     pub log_replicas: Option<String>,
+    /// The memory that nats-server should stay within, such as 128MiB [default: 64MiB].
+    ///
+    /// It is told to, and collects what it can; what it needs it takes all the same.
+    #[arg(long, value_name = "SIZE")]
+    pub nats_memory: Option<String>,
     /// Unite a file that was never in the mesh and has other rows with the mesh's, by key.
     ///
     /// Its rows become rows of the mesh; where both have one under a key, the mesh's stays and the other is kept as a
@@ -226,6 +231,7 @@ impl UpArgs {
             log_max_bytes: self.log_max_bytes.clone(),
             log_max_age: self.log_max_age.clone(),
             log_replicas: self.log_replicas.clone().map(Number::Text),
+            nats_memory: self.nats_memory.clone(),
             merge: self.merge.then_some(true),
             cdc: self.cdc.then_some(true),
             log: self.log.clone(),

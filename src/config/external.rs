@@ -34,7 +34,10 @@ pub struct External {
 
 impl fmt::Debug for External {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("External").field("servers", &self.servers).field("mesh", &self.mesh).finish_non_exhaustive()
+        f.debug_struct("External")
+            .field("servers", &self.servers)
+            .field("mesh", &self.mesh)
+            .finish_non_exhaustive()
     }
 }
 
@@ -115,15 +118,17 @@ impl Server {
             return None;
         }
         let rest = rest.strip_suffix('/').unwrap_or(rest);
-        let (login, place) = rest.rsplit_once('@').map_or((None, rest), |(login, place)| (Some(login), place));
+        let (login, place) =
+            rest.rsplit_once('@').map_or((None, rest), |(login, place)| (Some(login), place));
         let (host, port) = match place.rsplit_once(':') {
             // The colons of an IPv6 address are in brackets.
             Some((host, port)) if !port.contains(']') => (host, port.parse().ok()?),
             _ => (place, DEFAULT_PORT),
         };
-        let is_v6 = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).is_some_and(|h| {
-            h.parse::<std::net::Ipv6Addr>().is_ok()
-        });
+        let is_v6 = host
+            .strip_prefix('[')
+            .and_then(|h| h.strip_suffix(']'))
+            .is_some_and(|h| h.parse::<std::net::Ipv6Addr>().is_ok());
         let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
         if port == 0 || host.is_empty() || !(is_v6 || host.chars().all(plain)) {
             return None;
@@ -172,7 +177,16 @@ mod tests {
         assert!(!format!("{found:?}").contains("p@ss") && found.mesh.as_str() == DEFAULT_FABRIC_MESH);
         let token = of("tls://s3cret@h:1").unwrap().unwrap();
         assert_eq!((token.user.as_deref(), token.password), (Some("s3cret"), None));
-        for wrong in ["", "h:4222", "http://h", "nats://", "nats://h:x", "nats://u:hidden@h:0", "nats://a b", "nats://:p@h"] {
+        for wrong in [
+            "",
+            "h:4222",
+            "http://h",
+            "nats://",
+            "nats://h:x",
+            "nats://u:hidden@h:0",
+            "nats://a b",
+            "nats://:p@h",
+        ] {
             let text = of(wrong).unwrap_err().to_string();
             assert!(text.contains("--fabric-url") && !text.contains("hidden"), "{wrong}: {text}");
         }

@@ -49,6 +49,7 @@ pub const KEYS: &[&str] = &[
     "log_max_bytes",
     "log_max_age",
     "log_replicas",
+    "nats_memory",
     "merge",
     "cdc",
     "log",
@@ -136,6 +137,8 @@ pub struct Raw {
     pub log_max_age: Option<String>,
     /// How many copies of the log stream there are: `auto`, 1 or 3.
     pub log_replicas: Option<Number>,
+    /// The memory that nats-server should stay within.
+    pub nats_memory: Option<String>,
     /// Whether a file that differs from the mesh's is united with it by key.
     pub merge: Option<bool>,
     /// Whether programs are told of changes over NATS.
@@ -201,8 +204,10 @@ impl Raw {
             message: e.message().to_owned(),
         };
         let table: toml::Table = toml::from_str(&text).map_err(wrong)?;
-        let unknown = |key: String, nearest: String| {
-            ConfigError::UnknownKey { place: path.display().to_string(), key, nearest }
+        let unknown = |key: String, nearest: String| ConfigError::UnknownKey {
+            place: path.display().to_string(),
+            key,
+            nearest,
         };
         for (key, value) in &table {
             match value {
@@ -321,6 +326,7 @@ impl Raw {
             "log_max_age" => self.log_max_age = text(),
             "merge" => self.merge = switch(),
             "cdc" => self.cdc = switch(),
+            "nats_memory" => self.nats_memory = text(),
             "log_replicas" => self.log_replicas = text().map(Number::Text),
             "log" => self.log = text(),
             _ => {}
@@ -380,6 +386,7 @@ impl Raw {
             log_max_bytes: self.log_max_bytes.or(below.log_max_bytes),
             log_max_age: self.log_max_age.or(below.log_max_age),
             log_replicas: self.log_replicas.or(below.log_replicas),
+            nats_memory: self.nats_memory.or(below.nats_memory),
             merge: self.merge.or(below.merge),
             cdc: self.cdc.or(below.cdc),
             log: self.log.or(below.log),

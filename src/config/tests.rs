@@ -103,6 +103,8 @@ fn every_key_can_be_set_in_the_file_and_in_the_environment() {
         "include" | "exclude" | "rekey" | "whole_row" | "by_column" => "['a*']",
         "cluster" => "'1.2.3.4:1'",
         "leaf_url" => "'tls://hub:7422'",
+        "fabric_url" => "'nats://u:p@nats:4222'",
+        "nats_memory" => "'128MiB'",
         "peers" => "['10.0.0.1:6222']",
         "client" | "http" => "'localhost:0'",
         "advertise" => "'[::1]:7'",
@@ -131,12 +133,29 @@ fn every_key_can_be_set_in_the_file_and_in_the_environment() {
         assert!(raw.advertise.is_some() && raw.journal.is_some() && raw.schema.is_some());
         assert!(raw.peers.is_some() && raw.key_file.is_some() && raw.cdc == Some(true));
         assert!(raw.leaf_url.is_some() && raw.leaf_credentials.is_some() && raw.leaf_ca.is_some());
+        assert!(raw.fabric_url.is_some() && raw.fabric_credentials.is_some() && raw.fabric_ca.is_some());
+        assert!(raw.fabric_cert.is_some() && raw.fabric_key.is_some() && raw.fabric_mesh.is_some());
+        assert!(raw.nats_memory.is_some());
         assert!(raw.rekey.is_some() && raw.whole_row.is_some() && raw.by_column.is_some());
         assert!(raw.conflicts_age.is_some() && raw.conflicts_max.is_some());
         assert!(raw.log_max_bytes.is_some() && raw.log_max_age.is_some());
         assert!(raw.tombstones_age.is_some() && raw.absent_age.is_some() && raw.merge == Some(true));
     }
+    // Those of another NATS system leave no room for a server's.
+    let together = load(of_file.clone(), None, &around(&[])).unwrap_err().to_string();
+    assert!(together.contains("with fabric_url"), "{together}");
+    let none = (None, None, None, None, None, None);
+    let mut of_file = of_file;
+    (
+        of_file.fabric_url,
+        of_file.fabric_credentials,
+        of_file.fabric_ca,
+        of_file.fabric_cert,
+        of_file.fabric_key,
+        of_file.fabric_mesh,
+    ) = none;
     let config = load(of_file, None, &around(&[])).unwrap();
+    assert_eq!(config.nats_memory_mib, 128);
     assert_eq!(config.advertise.unwrap().to_string(), "[::1]:7");
     assert_eq!((config.journal, config.schema), (Journal::Keep, SchemaMode::Manual));
     assert_eq!((config.log_max_bytes, config.log_max_age.as_secs()), (64 << 20, 30 * 86_400));
@@ -266,4 +285,19 @@ fn a_log_that_could_hold_nothing_is_refused() {
         let why = load(raw, None, &around(&[])).unwrap_err().to_string();
         assert!(why.contains(value), "{why}");
     }
+}
+
+#[test]
+fn another_nats_system_may_be_a_table_of_the_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = "[fabric]\nurl = 'tls://nats.example'\nca = 'ca.pem'\nmesh = 'shop'\n";
+    let file = write(dir.path(), "c.toml", text);
+    let found = load(raw(&["x.db"]), Some(&file), &around(&[])).unwrap().external.unwrap();
+    assert_eq!((found.servers[0].as_str(), found.mesh.as_str()), ("tls://nats.example:4222", "shop"));
+    assert_eq!(found.ca, Some(dir.path().join("ca.pem")));
+    let file = write(dir.path(), "d.toml", "[fabric]\nulr = 'tls://nats.example'\n");
+    let text = load(raw(&["x.db"]), Some(&file), &around(&[])).unwrap_err().to_string();
+    assert!(text.contains("\"fabric.ulr\"") && text.contains("\"fabric.url\""), "{text}");
+    let little = load(Raw { nats_memory: Some("8MiB".into()), ..raw(&[]) }, None, &around(&[]));
+    assert!(little.unwrap_err().to_string().contains("the least is 32MiB"));
 }

@@ -46,6 +46,10 @@ pub const DEFAULT_LOG_MAX_BYTES: &str = "1GiB";
 pub const DEFAULT_LOG_MAX_AGE: &str = "72h";
 /// How many copies of it there are by default.
 pub const DEFAULT_LOG_REPLICAS: &str = "auto";
+/// The memory that nats-server should stay within by default.
+pub const DEFAULT_NATS_MEMORY: &str = "64MiB";
+/// Below this it would do little but look for memory.
+const LEAST_NATS_MEMORY: u64 = 32 * 1024 * 1024;
 /// A log that holds less than a few large commits is none.
 const LEAST_LOG_BYTES: u64 = 16 * 1024 * 1024;
 const LEAST_LOG_AGE: Duration = Duration::from_secs(1);
@@ -230,6 +234,8 @@ pub struct Config {
     pub log_max_age: Duration,
     /// How many copies of it there are: 1 or 3, or as many as the nodes allow.
     pub log_replicas: Option<u64>,
+    /// The memory that nats-server should stay within, in MiB.
+    pub nats_memory_mib: u64,
     /// Whether a file that was never in the mesh and differs from it is united with it by key.
     pub merge: bool,
     /// Whether the host's programs are told of changes over NATS.
@@ -291,6 +297,7 @@ pub fn validate(raw: Raw, around: &Surroundings) -> Result<Config, ConfigError> 
         log_max_bytes: log_max_bytes(raw.log_max_bytes.as_deref())?,
         log_max_age: log_max_age(raw.log_max_age.as_deref())?,
         log_replicas: log_replicas(raw.log_replicas)?,
+        nats_memory_mib: nats_memory(raw.nats_memory.as_deref())? >> 20,
         log: log(raw.log)?,
     })
 }
@@ -305,6 +312,15 @@ fn log_max_bytes(given: Option<&str>) -> Result<u64, ConfigError> {
     let wrong = |why: String| ConfigError::value("log_max_bytes", text, why);
     match parse_size(text).map_err(wrong)? {
         bytes if bytes < LEAST_LOG_BYTES => Err(wrong("the least is 16MiB".to_owned())),
+        bytes => Ok(bytes),
+    }
+}
+
+fn nats_memory(given: Option<&str>) -> Result<u64, ConfigError> {
+    let text = given.unwrap_or(DEFAULT_NATS_MEMORY);
+    let wrong = |why: String| ConfigError::value("nats_memory", text, why);
+    match parse_size(text).map_err(wrong)? {
+        bytes if bytes < LEAST_NATS_MEMORY => Err(wrong("the least is 32MiB".to_owned())),
         bytes => Ok(bytes),
     }
 }

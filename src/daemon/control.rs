@@ -141,9 +141,7 @@ async fn authorize(State(control): State<Control>, request: Request, next: Next)
 async fn token(State(control): State<Control>) -> Response {
     match control.fabric.upgrade().map(|fabric| fabric.join_token()) {
         Some(Ok(token)) => token.reveal().into_response(),
-        Some(Err(e @ FabricError::NotOurs { .. })) => {
-            (StatusCode::CONFLICT, e.to_string()).into_response()
-        }
+        Some(Err(e @ FabricError::NotOurs { .. })) => (StatusCode::CONFLICT, e.to_string()).into_response(),
         Some(Err(e)) => (StatusCode::INTERNAL_SERVER_ERROR, e.to_string()).into_response(),
         None => (StatusCode::SERVICE_UNAVAILABLE, "the node is ending\n").into_response(),
     }

@@ -48,7 +48,9 @@ async fn key(State(control): State<Control>, Json(ask): Json<KeyAsk>) -> Respons
     };
     match change(&fabric, &ask).await {
         Ok(answer) => Json(answer).into_response(),
-        Err(e @ (FabricError::KeyChanging { .. } | FabricError::NotOurs { .. })) => (StatusCode::CONFLICT, e.to_string()).into_response(),
+        Err(e @ (FabricError::KeyChanging { .. } | FabricError::NotOurs { .. })) => {
+            (StatusCode::CONFLICT, e.to_string()).into_response()
+        }
         Err(e) => (StatusCode::INTERNAL_SERVER_ERROR, e.to_string()).into_response(),
     }
 }

@@ -19,6 +19,7 @@ use crate::config::{Config, DatabaseSpec, Journal};
 use crate::core::names::DbName;
 use crate::core::sqltext::ident;
 use crate::core::version::SiteId;
+use crate::fabric::Fabric;
 use crate::fabric::link::Outgoing;
 use crate::replica::clock::{steady_ms, wall_clock_ms};
 use crate::replica::conflict::Retention;
@@ -88,8 +89,8 @@ pub struct Starter<'a> {
     pub has_members: bool,
     /// Whether the operator said to join.
     pub joins: bool,
-    /// Whether whoever reaches the NATS system belongs: the first node there is told by nobody that it is the first.
-    pub is_open: bool,
+    /// What the node reaches the others by.
+    pub fabric: &'a Fabric,
     /// How long a database may take to appear on nodes that are there, before this file is taken to be the first.
     pub others_first: Duration,
     /// Tells this mesh from others; the same on every node.
@@ -212,9 +213,12 @@ impl Starter<'_> {
     async fn source(&self, found: &Found) -> Result<Option<crate::core::names::NodeName>> {
         let name = &found.spec.name;
         let is_first = !self.has_members && !self.joins;
-        if is_first && !self.is_open {
+        // Whoever reaches another NATS system belongs: nobody says who is the first there.
+        let is_open = self.fabric.is_external();
+        if is_first && !is_open {
             return Ok(None);
         }
+        let mut reached = None;
         let asked = tokio::time::Instant::now();
         let mut warned = false;
         loop {
@@ -228,8 +232,20 @@ impl Starter<'_> {
             if heard && asked.elapsed() > self.others_first(found) {
                 return Ok(None);
             }
-            if is_first && !heard && asked.elapsed() > STRANGER_PATIENCE {
-                return Ok(None);
+            reached = self.fabric.connected().then(|| reached.unwrap_or_else(tokio::time::Instant::now));
+            if is_open && !heard {
+                let alone = reached.is_some_and(|at| at.elapsed() > STRANGER_PATIENCE);
+                if is_first && alone {
+                    return Ok(None);
+                }
+                if reached.is_none() {
+                    if asked.elapsed() > PEER_PATIENCE && !warned {
+                        warn!(db = %name, "waits for the NATS system, to learn whether another node has this database");
+                        warned = true;
+                    }
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                    continue;
+                }
             }
             if asked.elapsed() > PEER_PATIENCE && !heard {
                 if self.joins {
@@ -255,7 +271,7 @@ impl Starter<'_> {
             let now_ms = steady_ms();
             self.router.peers().iter().all(|(name, p)| !p.is_live(now_ms) || self.router.node() < name)
         };
-        match (self.is_open, found.has_rows) {
+        match (self.fabric.is_external(), found.has_rows) {
             (false, _) => self.others_first,
             (true, true) if comes_first() => self.others_first,
             (true, true) => PEER_PATIENCE,

@@ -83,7 +83,9 @@ pub async fn leave(
         told.push_str(&line);
     }
     if fabric.is_external() {
-        told.push_str("what lets this host into the NATS system still does: that is for its operator to end\n");
+        told.push_str(
+            "what lets this host into the NATS system still does: that is for its operator to end\n",
+        );
         return Ok(told);
     }
     told.push_str(

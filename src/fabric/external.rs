@@ -116,7 +116,8 @@ impl External {
         let dir = || state.path().display().to_string();
         if state.key().exists() {
             let other = "a mesh of bundled servers".to_owned();
-            let advice = "leave --fabric-url out; or have it leave that mesh first, or use another --state-dir";
+            let advice =
+                "leave --fabric-url out; or have it leave that mesh first, or use another --state-dir";
             return Err(FabricError::OtherSystem { dir: dir(), other, advice });
         }
         let before = belongs(&state)?;
@@ -145,10 +146,14 @@ impl External {
                 }
             }
         }
-        let text = serde_json::to_vec(&Belongs { mesh: nats.mesh.clone() }).expect("strings become JSON");
-        private_file::write(&external.state.external(), &text)?;
-        members.save(&external.state.members())?;
         Ok((Arc::new(external), client, members))
+    }
+
+    /// Writes down that this node belongs: from now on it starts without the system, too.
+    pub(super) fn settle(&self, members: &Members) -> Result<(), FabricError> {
+        members.save(&self.state.members())?;
+        let text = serde_json::to_vec(&Belongs { mesh: self.mesh.clone() }).expect("strings become JSON");
+        Ok(private_file::write(&self.state.external(), &text)?)
     }
 
     fn unusable(&self, reason: impl Into<String>) -> FabricError {
@@ -171,7 +176,10 @@ impl External {
         if !belongs || !is_away {
             return Err(self.unusable(reason));
         }
-        warn!("the NATS system at {} is away ({reason}): writes go on, and are sent when it is back", self.url);
+        warn!(
+            "the NATS system at {} is away ({reason}): writes go on, and are sent when it is back",
+            self.url
+        );
         self.line.is_away.store(true, Ordering::Relaxed);
         let later = self.options(nats, node).await?.retry_on_initial_connect();
         later.connect(&nats.servers[..]).await.map_err(|e| self.unusable(explain(&e).0))
@@ -182,9 +190,9 @@ impl External {
             self.unusable(format!("{} cannot be used: {why}", path.display()))
         };
         let mut options = match (&nats.credentials, &nats.user, &nats.password) {
-            (Some(file), ..) => ConnectOptions::with_credentials_file(file)
-                .await
-                .map_err(|e| unreadable(file, &e))?,
+            (Some(file), ..) => {
+                ConnectOptions::with_credentials_file(file).await.map_err(|e| unreadable(file, &e))?
+            }
             (None, Some(user), Some(password)) => {
                 ConnectOptions::with_user_and_password(user.clone(), password.clone())
             }
@@ -343,9 +351,12 @@ fn explain(error: &ConnectError) -> (String, bool) {
             let advice = "give one that it accepts with --fabric-cert and --fabric-key";
             (format!("it wants a certificate of ours ({text}): {advice}"), false)
         }
-        ConnectErrorKind::Tls | ConnectErrorKind::ServerParse => {
-            (format!("{text}: check --fabric-url, and the files of --fabric-ca, --fabric-cert and --fabric-key"), false)
-        }
+        ConnectErrorKind::Tls | ConnectErrorKind::ServerParse => (
+            format!(
+                "{text}: check --fabric-url, and the files of --fabric-ca, --fabric-cert and --fabric-key"
+            ),
+            false,
+        ),
         _ => (format!("it cannot be reached ({text}): is it running, and is this its client port?"), true),
     }
 }

@@ -229,9 +229,7 @@ impl Exchange {
                 let reloaded = server.reload(&identity.conf_text(members)).map_err(|e| e.to_string());
                 kept.and(reloaded)
             }
-            Meeting::External(external) => {
-                members.save(&external.state.members()).map_err(|e| e.to_string())
-            }
+            Meeting::External(external) => members.save(&external.state.members()).map_err(|e| e.to_string()),
         };
         if let Err(e) = result {
             warn!("the members' addresses are not kept: {e}");

@@ -142,9 +142,7 @@ impl Fabric {
         match &self.system {
             System::Bundled(bundled) => departure::may_leave(&bundled.identity).await,
             System::External(_) if self.connected() => Ok(()),
-            System::External(_) => {
-                Err(FabricError::Leave { reason: "the NATS system is away".to_owned() })
-            }
+            System::External(_) => Err(FabricError::Leave { reason: "the NATS system is away".to_owned() }),
         }
     }
 

@@ -201,6 +201,7 @@ impl Fabric {
                 if self.connected() {
                     external.permits(&self.client).await?;
                 }
+                external.settle(&self.roster.members())?;
                 self.tasks.spawn(External::be_there(self.client.clone(), asked));
                 Ok(None)
             }
@@ -252,12 +253,7 @@ impl Fabric {
 
     /// What tells the host's programs of changes of rows.
     pub fn events(&self) -> Events {
-        Events::new(
-            self.node.clone(),
-            self.subjects.clone(),
-            self.client.clone(),
-            self.answers.clone(),
-        )
+        Events::new(self.node.clone(), self.subjects.clone(), self.client.clone(), self.answers.clone())
     }
 
     /// Until our own server has read everything that was sent before.

@@ -21,9 +21,9 @@ use super::error::FabricError;
 use super::hello::Roster;
 use super::identity::Identity;
 use super::keyring::{KeyRing, parse_key};
+use super::monitor;
 use super::preflight::PreflightError;
 use super::server::Server;
-use super::monitor;
 use super::subjects::{self, Subjects};
 use crate::core::names::NodeName;
 

@@ -107,7 +107,8 @@ impl Server {
                 ServerEvent::Exited { exit, restart_in } => {
                     if exit.cause != ExitCause::Stopped {
                         let pause_ms = restart_in.map_or(0, |pause| pause.as_millis() as u64);
-                        warn!(node, cause = ?exit.cause, "nats-server ended: it is started again in {pause_ms} ms");
+                        let how = how_it_ended(&exit, memory_limit_mib);
+                        warn!(node, cause = ?exit.cause, "{how}: it is started again in {pause_ms} ms; nothing is lost");
                     }
                     times += 1;
                     Health::Down { exit, times }
@@ -189,6 +190,19 @@ impl Server {
         let Self { supervisor, _lock, .. } = self;
         // A task that was cancelled has dropped the supervisor, which kills the server.
         let _ = tokio::task::spawn_blocking(move || supervisor.stop()).await;
+    }
+}
+
+fn how_it_ended(exit: &Exit, memory_limit_mib: Option<u64>) -> String {
+    use std::os::unix::process::ExitStatusExt;
+    let budget = memory_limit_mib.map_or(String::new(), |mib| format!(" (its budget is {mib} MiB)"));
+    match (&exit.cause, exit.status.and_then(|status| status.signal())) {
+        (ExitCause::OutOfMemory, _) => format!("nats-server got no more memory{budget}"),
+        (ExitCause::Died | ExitCause::NeverReady, Some(9)) => {
+            format!("nats-server was killed by signal 9, perhaps by the system for want of memory{budget}")
+        }
+        (_, Some(signal)) => format!("nats-server was ended by signal {signal}"),
+        (_, None) => "nats-server ended".to_owned(),
     }
 }
 

@@ -233,8 +233,7 @@ mod tests {
         let (a, b, c, ours) = (name("a"), name("b"), name("c"), Subjects::bundled());
         let payload = Bytes::from_static(b"x");
         let db: DbName = "app".parse().expect("a name");
-        let commit =
-            ours.seal(&a, Outgoing::Commit { db, site: 0xab, payload: payload.clone() }).unwrap();
+        let commit = ours.seal(&a, Outgoing::Commit { db, site: 0xab, payload: payload.clone() }).unwrap();
         assert_eq!(commit.subject, "lm.c.a.app.00000000000000ab");
         assert!(commit.logged);
         assert!(matches!(
@@ -242,8 +241,7 @@ mod tests {
             Some(Incoming::Commit { from, site: 0xab, .. }) if from == a
         ));
         assert!(ours.open(&a, &commit.subject, payload.clone()).is_none(), "our own");
-        let direct =
-            ours.seal(&a, Outgoing::Direct { to: b.clone(), payload: payload.clone() }).unwrap();
+        let direct = ours.seal(&a, Outgoing::Direct { to: b.clone(), payload: payload.clone() }).unwrap();
         assert!(
             matches!(ours.open(&b, &direct.subject, payload.clone()), Some(Incoming::Message { from, .. }) if from == a)
         );
@@ -256,7 +254,10 @@ mod tests {
     #[test]
     fn any_name_of_a_table_is_one_token() {
         let (a, db) = (name("a"), "app".parse().expect("a name"));
-        assert_eq!(Subjects::bundled().change(&a, &db, "order_items", "insert"), "lm.e.a.app.order_items.insert");
+        assert_eq!(
+            Subjects::bundled().change(&a, &db, "order_items", "insert"),
+            "lm.e.a.app.order_items.insert"
+        );
         assert_eq!(token("a.b *>%"), "a%2Eb%20%2A%3E%25");
         assert_eq!(token("Größe"), "Gr%C3%B6%C3%9Fe");
     }

@@ -15,7 +15,7 @@ use axum::routing::get;
 use tokio::net::TcpListener;
 
 use super::handle::StatusHandle;
-use super::metrics;
+use super::{listener, metrics};
 
 const PAGE: &str = include_str!("page.html");
 /// The page needs nothing from anywhere else and may not be framed.
@@ -61,7 +61,7 @@ pub async fn serve(
     if !ip.is_loopback() {
         return Err(ServeError::NotLoopback(ip));
     }
-    axum::serve(listener, router).with_graceful_shutdown(shutdown).await?;
+    listener::serve(listener, router, shutdown).await;
     Ok(())
 }
 

@@ -3,6 +3,7 @@
 
 pub mod handle;
 pub mod http;
+pub mod listener;
 pub mod metrics;
 pub mod model;
 pub mod table;

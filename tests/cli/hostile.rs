@@ -90,6 +90,76 @@ fn noise_slow_talkers_and_endless_handshakes_cost_little() {
     assert_eq!(status["fabric"]["routes"].as_array().unwrap().len(), 1);
 }
 
+/// Whether the other side has ended a connection, within the time that may take.
+fn is_ended(stream: &mut TcpStream) -> bool {
+    stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    let mut rest = Vec::new();
+    !stream.read_to_end(&mut rest).is_err_and(|e| e.kind() == std::io::ErrorKind::WouldBlock)
+}
+
+#[test]
+fn thousands_of_half_open_connections_to_each_port_are_bounded_and_delay_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = pair(dir.path(), "CREATE TABLE t(id TEXT PRIMARY KEY NOT NULL, v)");
+    works(&a, &b, "before");
+    let (server, own) = (a.server_pid(), u64::from(a.process.as_ref().unwrap().id()));
+    let before = (resident_mib(server), resident_mib(own));
+    let halves: [&[u8]; 3] =
+        [&HANDSHAKE, b"CONNECT {", b"GET /api/status HTTP/1.1\r\nHost: localhost\r\nA: "];
+    let (mut open, mut slowest) = (Vec::new(), Duration::ZERO);
+    for round in 0..4 {
+        for (address, half) in a.addresses.iter().zip(halves) {
+            for _ in 0..250 {
+                // A full queue takes no more for the moment: nothing is to be proved by waiting.
+                let stream = TcpStream::connect_timeout(address, Duration::from_millis(200));
+                let Ok(mut stream) = stream else { continue };
+                if stream.write_all(half).is_ok() {
+                    open.push(stream);
+                }
+            }
+        }
+        let began = Instant::now();
+        works(&a, &b, &format!("round {round}"));
+        slowest = slowest.max(began.elapsed());
+    }
+    let during = (resident_mib(server), resident_mib(own));
+    println!(
+        "{} half-open connections: {before:?} MiB before, {during:?} during; slowest round {slowest:?}",
+        open.len()
+    );
+    assert!(open.len() > 2_000, "{}", open.len());
+    assert!(during.0 < before.0 + 96 && during.1 < before.1 + 48, "{before:?} {during:?}");
+    assert!(slowest < Duration::from_secs(30), "{slowest:?}");
+    // A page is served in spite of them, when those before it have had their time.
+    let mut asks = TcpStream::connect(a.addresses[2]).unwrap();
+    asks.write_all(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    asks.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    asks.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    assert!(open.iter_mut().all(is_ended), "one is let in for as long as it likes");
+    works(&a, &b, "afterwards");
+    assert_eq!(a.status()["fabric"]["server_restarts"], 0);
+}
+
+#[test]
+fn who_asks_and_does_not_read_is_thrown_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = pair(dir.path(), "CREATE TABLE t(id TEXT PRIMARY KEY NOT NULL, v)");
+    let asks = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n".repeat(200);
+    let mut greedy = TcpStream::connect(a.addresses[2]).unwrap();
+    greedy.set_write_timeout(Some(Duration::from_secs(1))).unwrap();
+    let began = Instant::now();
+    // Either its requests are not taken any more, or it is thrown out.
+    while greedy.write_all(&asks).is_ok() && began.elapsed() < Duration::from_secs(60) {}
+    wait_for("it is thrown out", || {
+        let gone = greedy.write(b"G").is_err_and(|e| e.kind() != std::io::ErrorKind::WouldBlock);
+        std::thread::sleep(Duration::from_millis(100));
+        gone
+    });
+    works(&a, &b, "afterwards");
+}
+
 #[test]
 fn a_program_of_the_host_gets_nothing_of_the_meshs_or_the_servers() {
     let dir = tempfile::tempdir().unwrap();

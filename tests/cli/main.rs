@@ -10,6 +10,7 @@ mod hostile;
 mod http;
 mod intruder;
 mod members;
+mod memory;
 mod merging;
 mod refusal;
 mod refused_files;

@@ -60,8 +60,7 @@ impl Nats {
     fn guest(&self, dir: &Path, name: &str, login: &str) -> Node {
         let mut node = Node::new(dir, name, &["app.db"]);
         node.is_guest = true;
-        node.variables
-            .push(("LITEMESH_FABRIC_URL".to_owned(), format!("nats://{login}{}", self.address)));
+        node.variables.push(("LITEMESH_FABRIC_URL".to_owned(), format!("nats://{login}{}", self.address)));
         node
     }
 
@@ -123,7 +122,10 @@ fn two_nodes_meet_on_a_nats_system_that_is_killed_and_comes_back() {
     });
     // What each command says.
     let status = a.status();
-    assert_eq!((&status["fabric"]["external"], &status["fabric"]["server_pid"]), (&true.into(), &Value::Null));
+    assert_eq!(
+        (&status["fabric"]["external"], &status["fabric"]["server_pid"]),
+        (&true.into(), &Value::Null)
+    );
     assert!(!a.state_dir().join("nats.conf").exists() && !a.state_dir().join("mesh.key").exists());
     let join = format!("--fabric-url nats://{} --fabric-mesh litemesh", nats.address);
     assert!(a.output.lock().unwrap().iter().any(|l| l.ends_with(&join)), "{:?}", a.output);
@@ -189,7 +191,7 @@ fn meshes_and_names_on_one_account_are_kept_apart() {
     let mut b = nats.guest(dir.path(), "b", LOGIN);
     b.start(None);
     wait_equal(&[&a, &b], "app.db");
-    assert_eq!(a.status()["peers"].as_array().unwrap().len(), 1);
+    wait_for("it is a member", || a.status()["peers"].as_array().unwrap().len() == 1);
     assert_eq!(other.status()["peers"].as_array().unwrap().len(), 0);
     assert_eq!(a.status()["fabric"]["messages_refused"], 0);
     // A state directory stays with its mesh, and with its kind of server.
@@ -216,7 +218,10 @@ fn meshes_and_names_on_one_account_are_kept_apart() {
     let left = b.run(&["leave"]);
     assert!(left.status.success(), "{}", text(&left));
     assert!(!b.state_dir().join("external.json").exists());
-    let tables = b.text("app.db", "SELECT group_concat(name) FROM sqlite_schema WHERE name LIKE '\\_\\_lite%' ESCAPE '\\'");
+    let tables = b.text(
+        "app.db",
+        "SELECT group_concat(name) FROM sqlite_schema WHERE name LIKE '\\_\\_lite%' ESCAPE '\\'",
+    );
     assert_eq!(tables, "");
     wait_for("its log is gone", || !nats.streams().contains(&"LM_b@litemesh".to_owned()));
 }
@@ -291,7 +296,10 @@ fn certificates_of_both_sides_are_checked() {
     b.exec("app.db", "INSERT INTO t VALUES('b', 1)");
     wait_equal(&[&a, &b], "app.db");
     for (options, words) in [
-        (&["--fabric-ca", &other_ca, "--fabric-cert", &cert, "--fabric-key", &key][..], "its CA with --fabric-ca"),
+        (
+            &["--fabric-ca", &other_ca, "--fabric-cert", &cert, "--fabric-key", &key][..],
+            "its CA with --fabric-ca",
+        ),
         (&["--fabric-ca", &ca][..], "--fabric-cert and --fabric-key"),
         (
             &["--fabric-ca", &ca, "--fabric-cert", &other_cert, "--fabric-key", &other_key],
@@ -322,7 +330,8 @@ fn what_cannot_work_is_told_at_once() {
     assert!(said.contains("raise its max_payload"), "{said}");
     let permissions = "permissions: { publish: [\"lm-litemesh.>\", \"_INBOX.>\", \"$SYS.REQ.USER.INFO\"], subscribe: \
                        [\"lm-litemesh.m.>\", \"_INBOX.>\"] }";
-    let users = format!("authorization {{ users: [{{ user: lm, password: \"s3cret@:\", {permissions} }}] }}\n");
+    let users =
+        format!("authorization {{ users: [{{ user: lm, password: \"s3cret@:\", {permissions} }}] }}\n");
     let bound = Nats::start(&bound, &users);
     let (_, said) = refused(&bound.guest(dir.path(), "a", LOGIN));
     assert!(said.contains("its user lacks permissions") && said.contains("lm-litemesh.>"), "{said}");
@@ -333,7 +342,10 @@ fn what_cannot_work_is_told_at_once() {
     a.extra = vec!["--fabric-url".to_owned(), format!("nats://{nobody}")];
     let (code, said) = refused(&a);
     assert!(code == Some(1) && said.contains("is this its client port?"), "{said}");
-    assert!(!a.file("app.db").exists() && !a.state_dir().join("external.json").exists(), "nothing was changed");
+    assert!(
+        !a.file("app.db").exists() && !a.state_dir().join("external.json").exists(),
+        "nothing was changed"
+    );
     // Wrong usage on the command line, wrong configuration elsewhere.
     a.extra.extend(["--cluster".to_owned(), "127.0.0.1:1".to_owned()]);
     let (code, said) = refused(&a);
@@ -341,7 +353,10 @@ fn what_cannot_work_is_told_at_once() {
     a.extra.truncate(2);
     a.variables = vec![("LITEMESH_JOIN".to_owned(), "lm1-secret".to_owned())];
     let (code, said) = refused(&a);
-    assert!(code == Some(78) && said.contains("there is no join (--join)") && !said.contains("secret"), "{said}");
+    assert!(
+        code == Some(78) && said.contains("there is no join (--join)") && !said.contains("secret"),
+        "{said}"
+    );
 }
 
 #[test]

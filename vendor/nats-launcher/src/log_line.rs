@@ -61,6 +61,12 @@ impl<'a> LogLine<'a> {
         }
     }
 
+    /// Whether Go's runtime says that it got no memory. Hundreds of lines about its threads follow.
+    pub(crate) fn is_out_of_memory(&self) -> bool {
+        let is_fatal = self.text.starts_with("fatal error: ") || self.text.starts_with("runtime: ");
+        is_fatal && (self.text.contains("out of memory") || self.text.contains("cannot allocate memory"))
+    }
+
     /// The address of a listener that another process holds.
     pub(crate) fn port_taken(&self) -> Option<String> {
         if !self.text.contains("address already in use") {

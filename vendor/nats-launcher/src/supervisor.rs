@@ -80,6 +80,10 @@ pub enum ExitCause {
     },
     /// It gave up before it was ready; its last words are in [`Exit::message`].
     NeverReady,
+    /// It said that the system gave it no more memory.
+    OutOfMemory,
+    /// It hung, and was to be replaced.
+    Replaced,
     /// It was running.
     Died,
 }
@@ -130,6 +134,7 @@ enum Message {
 struct LastWords {
     message: Option<String>,
     port_taken: Option<String>,
+    out_of_memory: bool,
 }
 
 #[derive(Default)]
@@ -286,7 +291,7 @@ impl Run {
     /// cannot belong to another one.
     fn watch(&mut self, mut child: Child, guard: Option<Guard>) -> Exit {
         let pid = pid_of(&child);
-        let (mut ready, mut kill_at, mut stopping) = (false, None::<Instant>, false);
+        let (mut ready, mut kill_at, mut stopping, mut replaced) = (false, None::<Instant>, false, false);
         let words = loop {
             let message = match kill_at {
                 None => self.inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
@@ -298,7 +303,10 @@ impl Run {
                     (self.on_event)(ServerEvent::Ready { pid: child.id() });
                 }
                 Ok(Message::Reload) => signal(pid, Signal::HUP),
-                Ok(Message::Replace) => signal(pid, Signal::KILL),
+                Ok(Message::Replace) => {
+                    replaced = true;
+                    signal(pid, Signal::KILL);
+                }
                 Ok(Message::Stop) => {
                     stopping = true;
                     signal(pid, Signal::TERM);
@@ -317,6 +325,8 @@ impl Run {
         let cause = match words.port_taken {
             _ if stopping => ExitCause::Stopped,
             Some(address) => ExitCause::PortTaken { address },
+            None if replaced => ExitCause::Replaced,
+            None if words.out_of_memory => ExitCause::OutOfMemory,
             None if ready => ExitCause::Died,
             None => ExitCause::NeverReady,
         };
@@ -375,6 +385,7 @@ impl Listener {
         let hushed = self.hushed.iter().any(|beginning| line.text.starts_with(beginning));
         line.relay(&self.name, hushed);
         if matches!(line.level, Level::Error | Level::Fatal) {
+            words.out_of_memory |= line.is_out_of_memory();
             words.port_taken = line.port_taken().or(words.port_taken.take());
             words.message = Some(line.text.to_owned());
         }
