@@ -36,7 +36,7 @@ type Joiner = (NodeName, DbName);
 /// Where a copy is read from.
 enum Source {
     /// The file itself.
-    Held(HeldPages),
+    Held(Box<HeldPages>),
     /// A file of the spool directory, which has no name any more.
     Spooled(File),
 }

@@ -39,7 +39,7 @@ pub struct HeldPages {
 /// A wholly absorbed state of a file.
 pub enum Snapshot {
     /// To be read from the file.
-    Held(HeldPages),
+    Held(Box<HeldPages>),
     /// To be read by SQLite: a part of it is in the log.
     Reader(Connection),
 }
@@ -108,7 +108,7 @@ impl Store {
                 self.snapshot_while_nobody_writes(&path)?
             };
             if let Some(reader) = reader {
-                return Ok((own, Snapshot::Held(HeldPages::new(reader, &path)?)));
+                return Ok((own, Snapshot::Held(Box::new(HeldPages::new(reader, &path)?))));
             }
         }
         let (commits, reader) = self.snapshot()?;
