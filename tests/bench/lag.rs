@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::report::{Asked, Report, at, median};
@@ -43,7 +44,13 @@ fn steady(from: &Path, to: &Path, count: i64) -> Seen {
         }
         seen
     });
-    let app = open(from);
+    let waits = write_steadily(from, count, begin);
+    Seen { lags: reader.join().unwrap(), waits }
+}
+
+/// Writes `count` rows at a steady pace; how long each took, in milliseconds.
+fn write_steadily(path: &Path, count: i64, begin: Instant) -> Vec<f64> {
+    let app = open(path);
     let mut waits = Vec::new();
     for id in 1..=count {
         std::thread::sleep((PACE * id as u32).saturating_sub(begin.elapsed()));
@@ -51,7 +58,33 @@ fn steady(from: &Path, to: &Path, count: i64) -> Seen {
         app.execute("INSERT INTO t VALUES(?1, ?2)", (id, before.as_micros() as i64)).unwrap();
         waits.push((begin.elapsed() - before).as_secs_f64() * 1_000.0);
     }
-    Seen { lags: reader.join().unwrap(), waits }
+    waits
+}
+
+/// Loads rows until it is stopped; how many a second.
+fn load(path: &Path, stop: &Arc<AtomicBool>) -> JoinHandle<f64> {
+    let (stopped, mut bulk) = (stop.clone(), open(path));
+    std::thread::spawn(move || {
+        let (mut rows, started) = (0, Instant::now());
+        while !stopped.load(Ordering::Relaxed) {
+            transactions(&mut bulk, rows + 1, 1, 1_000, INSERT);
+            rows += 1_000;
+        }
+        rows as f64 / started.elapsed().as_secs_f64()
+    })
+}
+
+/// A writer's worst wait beside a load of another file when both are bare SQLite.
+fn bare_wait_beside_bulk(dir: &Path) -> f64 {
+    let (app, bulk) = (dir.join("bare.db"), dir.join("bare-bulk.db"));
+    open(&app).execute_batch(STAMPED).unwrap();
+    open(&bulk).execute_batch(SCHEMA).unwrap();
+    let stop = Arc::new(AtomicBool::new(false));
+    let loader = load(&bulk, &stop);
+    let waits = write_steadily(&app, 1_000, Instant::now());
+    stop.store(true, Ordering::Relaxed);
+    loader.join().unwrap();
+    at(&waits, 100.0)
 }
 
 /// What 200 single-row transactions a second do when nothing else goes on.
@@ -77,9 +110,10 @@ pub fn alone(report: &mut Report) {
 
 /// The same while another database of the same two nodes is loaded with rows.
 pub fn beside_bulk(report: &mut Report) {
-    let (mut p50, mut p99, mut waits, mut rates) = (vec![], vec![], vec![], vec![]);
+    let (mut p50, mut p99, mut waits, mut rates, mut bare) = (vec![], vec![], vec![], vec![], vec![]);
     for _ in 0..3 {
         let dir = tempfile::tempdir().unwrap();
+        bare.push(bare_wait_beside_bulk(dir.path()));
         let files = ["app.db", "bulk.db"];
         let (mut a, mut b) = (Node::new(dir.path(), "a", &files), Node::new(dir.path(), "b", &files));
         a.exec("app.db", STAMPED);
@@ -87,15 +121,7 @@ pub fn beside_bulk(report: &mut Report) {
         a.start(None);
         b.start(Some(&a.token()));
         let stop = Arc::new(AtomicBool::new(false));
-        let (stopped, mut bulk) = (stop.clone(), open(&a.file("bulk.db")));
-        let loader = std::thread::spawn(move || {
-            let (mut rows, started) = (0, Instant::now());
-            while !stopped.load(Ordering::Relaxed) {
-                transactions(&mut bulk, rows + 1, 1, 1_000, INSERT);
-                rows += 1_000;
-            }
-            rows as f64 / started.elapsed().as_secs_f64()
-        });
+        let loader = load(&a.file("bulk.db"), &stop);
         std::thread::sleep(Duration::from_secs(1));
         let seen = steady(&a.file("app.db"), &b.file("app.db"), 2_000);
         stop.store(true, Ordering::Relaxed);
@@ -107,6 +133,7 @@ pub fn beside_bulk(report: &mut Report) {
     report.note("lag beside a bulk load of another database, p50", "ms", p50, Asked::Nothing);
     report.note("lag beside a bulk load of another database, p99", "ms", p99, Asked::AtMost(50.0));
     report.note("a writer's worst wait beside such a load", "ms", waits, Asked::AtMost(50.0));
+    report.note("a writer's worst wait beside such a load, bare SQLite", "ms", bare, Asked::Nothing);
     report.note("that load", "rows/s", rates, Asked::Nothing);
 }
 

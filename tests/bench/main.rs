@@ -8,6 +8,7 @@ mod join;
 mod lag;
 mod load;
 mod report;
+mod scale;
 mod still;
 #[path = "../support/mod.rs"]
 mod support;
@@ -26,7 +27,7 @@ const UPDATE: &str = "UPDATE t SET a = ?2 || 'x', b = ?3 + 1, c = ?4 WHERE id = 
 const TEXT: &str = "one hundred and twenty bytes a row, with everything that stands around it, is what this text is for, more or less";
 
 /// What can be measured, by name: the rows of the table, then what is measured only when it is named.
-const MEASUREMENTS: [(&str, bool, fn(&mut Report)); 18] = [
+const MEASUREMENTS: [(&str, bool, fn(&mut Report)); 19] = [
     ("capture", true, capture::stopped),
     ("bulk", true, load::bulk),
     ("million", true, load::million),
@@ -40,6 +41,7 @@ const MEASUREMENTS: [(&str, bool, fn(&mut Report)); 18] = [
     ("verify", true, verify::verify),
     ("join", false, |_| join::join()),
     ("catchup", false, |_| catchup::catchup()),
+    ("scale", false, scale::scale),
     ("sweep-rows", false, |r| load::sweep_rows(r, std::env::args().any(|a| a == "--ten-million"))),
     ("sweep-row-size", false, load::sweep_row_size),
     ("sweep-nodes", false, load::sweep_nodes),
