@@ -289,11 +289,14 @@ fn judge(status: &mut Status, started: bool) {
         }
     }
     if !status.fabric.connected {
-        let server = match status.fabric.external {
-            true => format!("the NATS system at {}", status.fabric.client_url),
-            false => "our own nats-server".to_owned(),
-        };
-        status.warnings.push(format!("not connected to {server}: local writes go on and are sent later"));
+        let text = "not connected to our own nats-server: local writes go on and are sent later";
+        let url = &status.fabric.client_url;
+        status.warnings.push(match status.fabric.external {
+            false => text.to_owned(),
+            true => {
+                format!("not connected to the NATS system at {url}: local writes go on and are sent later")
+            }
+        });
     }
     status.ready = status.not_ready_because.is_empty();
 }

@@ -105,3 +105,96 @@ fn the_key_is_changed_while_all_goes_on() {
     c.stop();
     up_refused(&c, Some(&foreign.token()), &["belongs to another mesh"]);
 }
+
+fn key_of(node: &Node) -> String {
+    let said = node.run(&["token"]);
+    String::from_utf8_lossy(&said.stdout).trim().split('@').next().unwrap_or_default().to_owned()
+}
+
+fn is_whole(nodes: &[&Node]) -> bool {
+    nodes.iter().all(|n| {
+        let status = n.status();
+        let routes = status["fabric"]["routes"].as_array().map_or(0, Vec::len);
+        routes + 1 == nodes.len()
+            && !status["warnings"].to_string().contains("the mesh's key is being changed")
+    }) && nodes.iter().all(|n| key_of(n) == key_of(nodes[0]))
+}
+
+/// Says it until it is done: one that was begun before ends first.
+fn rotate(node: &Node) {
+    wait_for("the key can be changed", || {
+        let said = node.run(&["token", "--rotate"]);
+        let text = String::from_utf8_lossy(&said.stderr).into_owned();
+        assert!(said.status.success() || text.contains("is being changed already"), "{text}");
+        said.status.success()
+    });
+}
+
+#[test]
+fn a_change_that_dies_at_any_moment_can_be_said_again_and_locks_nobody_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut nodes = ["a", "b", "c"].map(|name| Node::new(dir.path(), name, &["app.db"]));
+    nodes[0].exec("app.db", "CREATE TABLE t(id INTEGER PRIMARY KEY, v)");
+    nodes[0].start(None);
+    let token = nodes[0].token();
+    nodes[1].start(Some(&token));
+    nodes[2].start(Some(&token));
+    wait_for("all are there", || is_whole(&nodes.each_ref()));
+    for (round, delay_ms) in [0, 3, 6, 10, 20, 40, 80, 160, 320, 640].into_iter().enumerate() {
+        let before = key_of(&nodes[0]);
+        let ring_before = std::fs::read_to_string(nodes[0].state_dir().join("mesh.key")).unwrap();
+        let mut asked = crate::support::litemesh();
+        asked.args(["token", "--rotate", "--state-dir"]).arg(nodes[0].state_dir());
+        asked.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null());
+        let mut asked = asked.spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(delay_ms));
+        // The one that began it, and sometimes one that is being given the new key.
+        nodes[0].kill();
+        if round % 3 == 2 {
+            nodes[1].kill();
+        }
+        asked.wait().unwrap();
+        let ring = std::fs::read_to_string(nodes[0].state_dir().join("mesh.key")).unwrap();
+        let both = ring.contains("previous ");
+        println!("killed after {delay_ms} ms: begun {}, both accepted {both}", ring != ring_before);
+        for node in nodes.iter_mut().filter(|n| n.process.is_none()) {
+            node.start(None);
+        }
+        rotate(&nodes[0]);
+        wait_for("the change ends", || is_whole(&nodes.each_ref()));
+        assert_ne!(key_of(&nodes[0]), before);
+        nodes[2].exec("app.db", &format!("INSERT INTO t VALUES({round}, 1)"));
+        wait_equal(&nodes.each_ref(), "app.db");
+    }
+    let mut d = Node::new(dir.path(), "d", &["app.db"]);
+    let token = String::from_utf8_lossy(&nodes[1].run(&["token"]).stdout).trim().to_owned();
+    d.start(Some(&token));
+    let [a, b, c] = &nodes;
+    wait_equal(&[a, b, c, &d], "app.db");
+}
+
+#[test]
+fn a_change_that_died_between_its_files_goes_on_at_the_next_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut a, b) = crate::support::pair(dir.path(), "CREATE TABLE t(id INTEGER PRIMARY KEY, v)");
+    wait_for("both are there", || is_whole(&[&a, &b]));
+    let tls = |file: &str| a.state_dir().join("tls").join(file);
+    let files = ["node.key", "node.crt", "ca.crt"];
+    let before = files.map(|file| std::fs::read(tls(file)).unwrap());
+    // The new key is there, and so much of what is made from it.
+    for written in 0..=files.len() {
+        let was = key_of(&a);
+        let mut asked = crate::support::litemesh();
+        let asked = asked.args(["token", "--rotate", "--state-dir"]).arg(a.state_dir()).output().unwrap();
+        assert!(asked.status.success());
+        a.kill();
+        for (file, bytes) in files.iter().zip(&before).skip(written) {
+            std::fs::write(a.state_dir().join("tls").join(file), bytes).unwrap();
+        }
+        a.start(None);
+        wait_for("the change ends", || is_whole(&[&a, &b]));
+        assert_ne!(key_of(&a), was);
+        a.exec("app.db", &format!("INSERT INTO t VALUES({written}, 1)"));
+        wait_equal(&[&a, &b], "app.db");
+    }
+}
