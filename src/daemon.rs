@@ -67,6 +67,9 @@ const OTHER_STREAMS_MIB: u64 = 1_024;
 const ANSWER_PATIENCE: Duration = Duration::from_secs(1);
 const FOUNDER_PATIENCE: Duration = Duration::from_secs(15);
 
+/// How long `ready` waits for this node's log, which may answer some moments after everything else.
+const LOG_PATIENCE: Duration = Duration::from_millis(500);
+
 /// What `up` tells when the node runs.
 pub struct Started {
     /// The node's name.
@@ -279,6 +282,7 @@ async fn serve(
     };
     if result.is_ok() && !signals.came {
         starter.router.say_hello().await;
+        fabric.log_answers(LOG_PATIENCE).await;
         observer.ready().await;
         started();
         let working = work(starter, observer, fabric, &mut running, requests);

@@ -11,7 +11,7 @@ use futures::StreamExt;
 use futures::stream::select_all;
 use tokio::sync::mpsc::{self, error::TrySendError};
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 use tracing::debug;
 
 use super::bundled::Bundled;
@@ -30,6 +30,7 @@ use crate::core::names::NodeName;
 
 /// A server on the same host that takes nothing for this long is not going to.
 const SEND_PATIENCE: Duration = Duration::from_secs(1);
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
 const FLUSH_PATIENCE: Duration = Duration::from_secs(5);
 /// The largest message that may be sent: the server's limit, less what headers could take.
 pub const MAX_MESSAGE_BYTES: usize = MAX_PAYLOAD_BYTES - 64 * 1024;
@@ -248,6 +249,14 @@ impl Fabric {
                 }
                 Ok(())
             }
+        }
+    }
+
+    /// Until this node's log answers, but not for long: where nobody leads it may not for a while, and nothing needs it.
+    pub async fn log_answers(&self, patience: Duration) {
+        let until = Instant::now() + patience;
+        while !self.is_external() && !self.log.state().exists && Instant::now() < until {
+            sleep(LOOK_AGAIN).await;
         }
     }
 

@@ -219,3 +219,24 @@ fn from_one_node_to_five_and_back() {
     });
     assert!(last.node.status()["ready"].as_bool().unwrap());
 }
+
+#[test]
+fn the_log_answers_when_the_node_is_ready() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut a = Node::new(dir.path(), "a", &["app.db"]);
+    for start in 0..3 {
+        a.start(None);
+        let accounts = std::fs::read(a.state_dir().join("accounts.json")).unwrap();
+        let accounts: serde_json::Value = serde_json::from_slice(&accounts).unwrap();
+        let password = accounts["mesh"].as_str().unwrap().to_owned();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let answer = runtime.block_on(async {
+            let options = async_nats::ConnectOptions::with_user_and_password("mesh".to_owned(), password);
+            let client = options.connect(format!("nats://{}", a.addresses[1])).await.unwrap();
+            client.request("$JS.API.STREAM.INFO.LM_a", "".into()).await.unwrap()
+        });
+        let answer = String::from_utf8_lossy(&answer.payload).into_owned();
+        assert!(answer.contains("\"state\"") && !answer.contains("\"error\""), "start {start}: {answer}");
+        a.stop();
+    }
+}
