@@ -26,8 +26,11 @@ const INSERT: &str = "INSERT INTO t VALUES(?1, ?2, ?3, ?4)";
 const UPDATE: &str = "UPDATE t SET a = ?2 || 'x', b = ?3 + 1, c = ?4 WHERE id = ?1";
 const TEXT: &str = "one hundred and twenty bytes a row, with everything that stands around it, is what this text is for, more or less";
 
+/// Measures, prints and reports.
+type Measure = fn(&mut Report);
+
 /// What can be measured, by name: the rows of the table, then what is measured only when it is named.
-const MEASUREMENTS: [(&str, bool, fn(&mut Report)); 19] = [
+const MEASUREMENTS: [(&str, bool, Measure); 19] = [
     ("capture", true, capture::stopped),
     ("bulk", true, load::bulk),
     ("million", true, load::million),
