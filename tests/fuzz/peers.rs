@@ -124,7 +124,7 @@ fn rare_messages() -> Vec<Message> {
             offset: 0,
             data,
             same: false,
-            hash: Some([7; 32]),
+            hash: [7; 32],
         }),
         Message::Refused { request: 1, why: format!("node {name} is stopping") },
         Message::Bye,
