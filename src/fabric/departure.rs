@@ -280,7 +280,18 @@ pub(super) async fn rescue(
     let group = sys.meta_group().await;
     if group.leader.is_none() {
         let connected = monitor::route_names(identity.ports.monitor).await.unwrap_or_default();
-        // One that has joined meanwhile is connected, and has no vote yet.
+        // One that was started meanwhile has no vote, and counts on a cluster that is about to change under it: its
+        // streams were never made.
+        let strangers = connected.iter().filter(|name| {
+            *name != identity.node.as_str() && !group.others.iter().any(|other| other == *name)
+        });
+        let strangers: Vec<&str> = strangers.map(String::as_str).collect();
+        if !strangers.is_empty() {
+            let names = strangers.join(", ");
+            return Err(failed(&format!(
+                "{names} was started after the others had died: stop {names}, run this again, then start {names}"
+            )));
+        }
         let needed = group.others.iter().filter(|other| connected.contains(other)).count() + 1;
         let answer = sys.ask("$JS.API.META.RESCUE", json!({ "quorum_needed": needed })).await;
         let answer = answer.ok_or_else(|| failed("our own nats-server does not answer"))?;

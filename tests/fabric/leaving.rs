@@ -110,10 +110,16 @@ async fn a_survivor_of_two_is_rescued_by_its_operators_word() {
     let error = a.fabric.remove_member(&b_site.name).await.expect_err("one of two decides nothing");
     assert!(error.to_string().contains("litemesh rescue"), "{error}");
 
+    // Its replacement has another name, and comes too early.
+    let mut c = c_site.start(Some(join)).await;
+    until_heard(&a, &mut c, "not yet").await;
+    let error = a.fabric.rescue(&gone).await.expect_err("it would never have streams").to_string();
+    assert!(error.contains("stop c, run this again, then start c"), "{error}");
+    c.fabric.shutdown().await;
+    eventually("c is gone", async || a.fabric.server_info().await.routes.is_empty()).await;
     a.fabric.rescue(&gone).await.expect("rescued");
     eventually("it decides alone", async || a.fabric.can_decide().await).await;
-    // Its replacement has another name.
-    let mut c = c_site.start(Some(join)).await;
+    let mut c = c_site.start(None).await;
     until_heard(&a, &mut c, "welcome").await;
     let made = async || c.fabric.server_info().await.log.exists;
     within(4 * PATIENCE, "the new one has its log", made).await;
