@@ -142,7 +142,7 @@ fn a_server_that_is_killed_hangs_or_loses_its_port_comes_back() {
     };
     signal(a.server_pid(), "-KILL");
     back(&a, &b, "the killed server is back");
-    assert!(log(&a, "nats-server ended: it is started again"));
+    assert!(log(&a, ": it is started again in "));
 
     signal(a.server_pid(), "-STOP");
     a.exec("app.db", "INSERT INTO t VALUES('while it hangs', 1)");

@@ -14,7 +14,7 @@ use litemesh::status::model::{DatabasePeer, DatabaseStatus, PeerStatus, Status, 
 use crate::text::{code_spans, readme, root, section, table, words};
 
 /// Options of other programs that README names.
-const FOREIGN_OPTIONS: [&str; 3] = ["--release", "--workspace", "--bench"];
+const FOREIGN_OPTIONS: [&str; 4] = ["--release", "--workspace", "--bench", "--ten-million"];
 /// Variables that are no options.
 const OTHER_VARIABLES: [&str; 12] = [
     "LITEMESH_CONFIG",
