@@ -156,7 +156,7 @@ fn beside(path: &Path) -> Result<PathBuf> {
 
 fn take_in(worker: &WorkerHandle, peer: &NodeName, copy: &Path, kept: &Path, spool: &Path) -> Result<String> {
     let reader = worker.call(|e| e.snapshot()).context("the database is being stopped")??;
-    let durable = || write_copy(&reader, kept).and_then(|_| Ok(synchronise(kept)?));
+    let durable = || write_copy(&reader, kept).and_then(|()| Ok(synchronise(kept)?));
     durable().with_context(|| format!("cannot keep the file as {}", kept.display()))?;
     drop(reader);
     let told = format!(

@@ -59,6 +59,8 @@ struct Made {
     /// Who reads a part has a share: pages are held until the last has read.
     source: Arc<Source>,
     size: u64,
+    /// It is being put into the spool directory.
+    is_moving: bool,
     used: Instant,
     _place: OwnedSemaphorePermit,
 }
@@ -69,8 +71,6 @@ pub struct Copies {
     made: Mutex<HashMap<u64, Made>>,
     /// Requests for which a copy is being made: they are asked again.
     making: Mutex<HashSet<u64>>,
-    /// Copies that are being put into the spool directory.
-    spilling: Mutex<HashSet<u64>>,
     places: Arc<Semaphore>,
 }
 
@@ -78,8 +78,7 @@ impl Copies {
     /// No copies yet; they will be in `spool`.
     pub fn new(spool: PathBuf) -> Arc<Self> {
         let places = Arc::new(Semaphore::new(AT_ONCE));
-        let (made, making, spilling) = (Mutex::default(), Mutex::default(), Mutex::default());
-        Arc::new(Self { spool, made, making, spilling, places })
+        Arc::new(Self { spool, made: Mutex::default(), making: Mutex::default(), places })
     }
 
     /// Throws away what nobody asks for, and what databases that are not here any more have left; copies what was held
@@ -87,16 +86,15 @@ impl Copies {
     pub fn expire(self: &Arc<Self>, databases: &[DbName]) {
         let mut long = Vec::new();
         held(self.made.lock()).retain(|copy, made| {
-            if matches!(&*made.source, Source::Held(pages) if pages.is_long()) {
+            if !made.is_moving && matches!(&*made.source, Source::Held(pages) if pages.is_long()) {
+                made.is_moving = true;
                 long.push((*copy, made.source.clone()));
             }
             made.used.elapsed() < KEEP && databases.contains(&made.joiner.1)
         });
         for (copy, source) in long {
-            if held(self.spilling.lock()).insert(copy) {
-                let copies = self.clone();
-                drop(in_background(move || copies.spill(copy, &source)));
-            }
+            let copies = self.clone();
+            drop(in_background(move || copies.spill(copy, &source)));
         }
     }
 
@@ -122,8 +120,6 @@ impl Copies {
                 );
             }
         }
-        drop(all);
-        held(self.spilling.lock()).remove(&copy);
     }
 
     /// A file of the spool directory that is gone when nobody has it open.
@@ -214,7 +210,7 @@ impl Copies {
         });
         let (source, size) = made.await.map_err(|e| e.to_string())??;
         let (source, used) = (Arc::new(source), Instant::now());
-        let made = Made { joiner, request: ask.request, source, size, used, _place: place };
+        let made = Made { joiner, request: ask.request, source, size, is_moving: false, used, _place: place };
         held(self.made.lock()).insert(copy, made);
         Ok(copy)
     }
@@ -227,7 +223,7 @@ impl Copies {
             }
             Snapshot::Reader(reader) => reader,
         };
-        let file = self.spool_file(copy, |path| write_copy(&reader, path).map(drop))?;
+        let file = self.spool_file(copy, |path| write_copy(&reader, path))?;
         let size = file.metadata()?.len();
         Ok((Source::Spooled(file), size))
     }

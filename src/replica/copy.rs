@@ -27,17 +27,9 @@ impl Store {
         let path = std::path::PathBuf::from(self.path());
         let mut own = Vec::new();
         let reader = sqlite::open_read_only(&path)?;
-        let begin = || -> Result<bool> {
-            reader.execute_batch("BEGIN")?;
-            let logged = reader.prepare("SELECT 1 FROM __litemesh_log LIMIT 1")?.exists([])?;
-            if logged {
-                reader.execute_batch("ROLLBACK")?;
-            }
-            Ok(!logged)
-        };
         for _ in 0..SNAPSHOT_TRIES {
             own.extend(self.absorb()?);
-            if begin()? {
+            if begin_absorbed(&reader)? {
                 return Ok((own, reader));
             }
         }
@@ -45,7 +37,7 @@ impl Store {
             own.extend(self.absorb()?);
             // With the write lock held nobody can add to the log.
             self.conn.execute_batch("BEGIN IMMEDIATE")?;
-            let found = begin();
+            let found = begin_absorbed(&reader);
             self.conn.execute_batch("ROLLBACK")?;
             if found? {
                 return Ok((own, reader));
@@ -54,19 +46,26 @@ impl Store {
     }
 }
 
-/// Writes what the reader's transaction sees into a new file; returns its size. It is not synchronised: most copies are
+/// Begins a read transaction, if what it sees is wholly absorbed; whether it has.
+pub(super) fn begin_absorbed(reader: &Connection) -> Result<bool> {
+    reader.execute_batch("BEGIN")?;
+    let logged = reader.prepare_cached("SELECT 1 FROM __litemesh_log LIMIT 1")?.exists([])?;
+    if logged {
+        reader.execute_batch("ROLLBACK")?;
+    }
+    Ok(!logged)
+}
+
+/// Writes what the reader's transaction sees into a new file. It is not synchronised: most copies are
 /// deleted soon, and an fsync of a gibibyte keeps every writer of the disk waiting.
-pub fn write_copy(reader: &Connection, dest: &Path) -> Result<u64> {
+pub fn write_copy(reader: &Connection, dest: &Path) -> Result<()> {
     let mut target = Connection::open(dest)?;
     target.execute_batch("PRAGMA synchronous = OFF; PRAGMA journal_mode = OFF")?;
-    {
-        let backup = Backup::new(reader, &mut target)?;
-        while backup.step(-1)? != StepResult::Done {
-            std::thread::sleep(std::time::Duration::from_millis(5));
-        }
+    let backup = Backup::new(reader, &mut target)?;
+    while backup.step(-1)? != StepResult::Done {
+        std::thread::sleep(std::time::Duration::from_millis(5));
     }
-    drop(target);
-    Ok(std::fs::metadata(dest)?.len())
+    Ok(())
 }
 
 /// Makes a fetched copy the file at `dest`, which must not exist, under a new site.

@@ -12,6 +12,7 @@ use rusqlite::Connection;
 
 use super::Result;
 use super::absorb::OwnCommit;
+use super::copy::begin_absorbed;
 use super::store::Store;
 use crate::sqlite;
 use crate::sqlite::raw::open_file;
@@ -119,12 +120,7 @@ impl Store {
     fn snapshot_while_nobody_writes(&mut self, path: &Path) -> Result<Option<Connection>> {
         let (reader, beside) = (sqlite::open_read_only(path)?, sqlite::open_replica(path)?);
         self.conn.execute_batch("BEGIN IMMEDIATE")?;
-        let begin = || -> Result<bool> {
-            reader.execute_batch("BEGIN")?;
-            let logged = reader.prepare("SELECT 1 FROM __litemesh_log LIMIT 1")?.exists([])?;
-            Ok(!logged && checkpoint(&beside)?)
-        };
-        let found = begin();
+        let found = begin_absorbed(&reader).and_then(|absorbed| Ok(absorbed && checkpoint(&beside)?));
         self.conn.execute_batch("ROLLBACK")?;
         Ok(found?.then_some(reader))
     }

@@ -11,6 +11,7 @@ use rusqlite::Connection;
 use super::absorb::OwnCommit;
 use super::adopt::place_triggers;
 use super::clock::steady_ms;
+use super::copy::begin_absorbed;
 use super::engine::Engine;
 use super::plan::Plan;
 use super::repair::{Fate, REPAIR_AHEAD_MS, Restamp};
@@ -149,17 +150,17 @@ impl Reader {
     /// Begins a read transaction at a moment when everything is absorbed.
     pub(super) fn begin(&mut self, owner: &dyn Owner) -> Result<()> {
         for attempt in 0..QUIET_TRIES {
-            self.conn.execute_batch("BEGIN")?;
-            let version: i64 =
-                self.conn.prepare_cached("PRAGMA schema_version")?.query_row([], |r| r.get(0))?;
-            let logged = self.conn.prepare_cached("SELECT 1 FROM __litemesh_log LIMIT 1")?.exists([])?;
-            if !logged && version == self.schema_version {
-                // What was absorbed a moment ago may be on its way to the disk.
-                Durability::of_reader(&self.conn)?.sync()?;
-                self.sites = Sites::load(&self.conn)?;
-                return Ok(());
+            if begin_absorbed(&self.conn)? {
+                let version: i64 =
+                    self.conn.prepare_cached("PRAGMA schema_version")?.query_row([], |r| r.get(0))?;
+                if version == self.schema_version {
+                    // What was absorbed a moment ago may be on its way to the disk.
+                    Durability::of_reader(&self.conn)?.sync()?;
+                    self.sites = Sites::load(&self.conn)?;
+                    return Ok(());
+                }
+                self.conn.execute_batch("COMMIT")?;
             }
-            self.conn.execute_batch("COMMIT")?;
             if attempt > 3 {
                 std::thread::sleep(QUIET_PAUSE);
             }
