@@ -28,8 +28,18 @@ pub struct OwnCommit {
     pub body: Body,
 }
 
+/// Rows that were read, and which of them are not as their state says.
+pub(super) struct Gathered {
+    pub body: Body,
+    pub rows: u64,
+    pub misfits: Vec<Misfit>,
+}
+
+/// A row that is there or gone against its state, its key, and the state that it has to get.
+pub(super) type Misfit = (Arc<Plan>, Vec<Value>, RowState);
+
 /// A julian day's milliseconds since 1970.
-fn julian_ms(day: f64) -> Option<u64> {
+pub(super) fn julian_ms(day: f64) -> Option<u64> {
     let ms = (day - 2_440_587.5) * 86_400_000.0;
     (ms.is_finite() && ms >= 0.0).then(|| ms.round() as u64)
 }
@@ -63,8 +73,7 @@ impl Store {
             }
         }
         self.absorb_links(version, base)?;
-        self.conn.prepare_cached("DELETE FROM __litemesh_log")?.execute([])?;
-        self.unsettled = false;
+        self.empty_log()?;
         let (body, rows) = self.gather(version, base)?;
         if rows == 0 {
             self.save_clock()?;
@@ -75,10 +84,22 @@ impl Store {
         self.number(version, body, rows).map(Some)
     }
 
+    /// What is in the log is absorbed.
+    pub(super) fn empty_log(&mut self) -> Result<()> {
+        self.conn.prepare_cached("DELETE FROM __litemesh_log")?.execute([])?;
+        self.unsettled = false;
+        self.ends.get_mut().clear();
+        Ok(())
+    }
+
     /// The tables in the log, and whether all they have there is inserts.
-    fn logged_tables(&mut self) -> Result<Vec<(Arc<Plan>, bool)>> {
-        let sql = "SELECT tbl, min(op) = 1 AND max(op) = 1 FROM __litemesh_log GROUP BY tbl";
-        let mut statement = self.conn.prepare_cached(sql)?;
+    pub(super) fn logged_tables(&mut self) -> Result<Vec<(Arc<Plan>, bool)>> {
+        // Mostly it is one; to sort the log by its tables would take longer than all the rest of this.
+        let one = "SELECT min(tbl) = max(tbl) FROM __litemesh_log";
+        let one: bool = self.conn.prepare_cached(one)?.query_row([], |r| r.get(0))?;
+        let by = if one { "" } else { " GROUP BY tbl" };
+        let sql = format!("SELECT min(tbl), min(op) = 1 AND max(op) = 1 FROM __litemesh_log{by}");
+        let mut statement = self.conn.prepare_cached(&sql)?;
         let rows = statement.query_map([], |r| Ok((r.get::<_, i64>(0)?, r.get::<_, bool>(1)?)))?;
         let mut tables = Vec::new();
         for row in rows {
@@ -92,18 +113,28 @@ impl Store {
     }
 
     fn absorb_inserts(&mut self, plan: &Arc<Plan>, version: Version, max_seq: i64) -> Result<()> {
-        let site = self.sites.index(&self.conn, version.site)?;
-        let params = (version.hlc.0 as i64, site, self.head.lsn, plan.table.id);
         let used_again = self.used_again(plan)?;
-        let mut statement = self.conn.prepare_cached(&plan.absorb_inserts)?;
-        statement.execute(params)?;
-        drop(statement);
-        self.head.lsn += max_seq;
+        self.insert_states(plan, version, (0, max_seq))?;
         self.bury(plan, used_again, version)?;
         if plan.table.key.iter().any(|k| k.nullable) {
             self.count_null_keys(plan)?;
         }
         Ok(())
+    }
+
+    /// Gives the rows that were inserted, by what the log has after one entry and up to another, their states; returns how
+    /// many entries that were.
+    pub(super) fn insert_states(
+        &mut self,
+        plan: &Plan,
+        version: Version,
+        (after, upto): (i64, i64),
+    ) -> Result<u64> {
+        let site = self.sites.index(&self.conn, version.site)?;
+        let params = (version.hlc.0 as i64, site, self.head.lsn, plan.table.id, after, upto);
+        let entries = self.conn.prepare_cached(&plan.absorb_inserts)?.execute(params)?;
+        self.head.lsn += upto - after;
+        Ok(entries as u64)
     }
 
     fn count_null_keys(&mut self, plan: &Plan) -> Result<()> {
@@ -165,40 +196,47 @@ impl Store {
         self.absorb_twins(plan, &twins, version)
     }
 
-    /// Reads every row whose state changed after `base` into a body.
+    /// Reads every row whose state changed after `base` into a body. Within the transaction that changed them.
     pub(super) fn gather(&mut self, version: Version, base: i64) -> Result<(Body, u64)> {
-        let upto = self.head.lsn;
+        let Gathered { body, rows, misfits } = self.read_changed(version, (base, self.head.lsn))?;
+        self.put_right(&misfits)?;
+        Ok((body, rows))
+    }
+
+    /// Reads every row whose state changed in the range of lsn (after, up to), as of a commit at `version`.
+    pub(super) fn read_changed(&self, version: Version, range: (i64, i64)) -> Result<Gathered> {
         let mut body = Body::new(&self.spool_dir);
         let mut writer = RowWriter::new(version, &self.links);
-        let plans = self.plans.clone();
-        for plan in plans.iter() {
-            let mut wrong = Vec::new();
-            let Self { conn, sites, .. } = self;
-            writer.each_changed(conn, sites, plan, (base, upto), |writer, row| {
+        let mut misfits = Vec::new();
+        for plan in &self.plans {
+            writer.each_changed(&self.conn, &self.sites, plan, range, |writer, row| {
                 // The values decide: a row that REPLACE displaced is gone whatever the log says.
                 if row.present == row.state.dead.is_some() {
                     row.state = match row.present {
                         true => RowState::born(version),
                         false => RowState { dead: Some(version), ..RowState::born(row.state.birth) },
                     };
-                    wrong.push((
-                        row.key.iter().map(|k| k.to_value()).collect::<Vec<Value>>(),
-                        row.state.clone(),
-                    ));
+                    let key = row.key.iter().map(|k| k.to_value()).collect();
+                    misfits.push((plan.clone(), key, row.state.clone()));
                 }
                 writer.push(row);
                 writer.flush_if_full(&mut body)
             })?;
             writer.end_table(plan, &mut body)?;
-            for (key, state) in wrong {
-                let key: Vec<ValueRef<'_>> = key.iter().map(Value::as_ref).collect();
-                let lsn = self.next_lsn();
-                self.sites.put(&self.conn, plan, &key, &state, lsn)?;
-            }
         }
         let rows = writer.rows();
         writer.flush(&mut body)?;
-        Ok((body, rows))
+        Ok(Gathered { body, rows, misfits })
+    }
+
+    /// Gives rows the states that they were told with.
+    pub(super) fn put_right(&mut self, misfits: &[Misfit]) -> Result<()> {
+        for (plan, key, state) in misfits {
+            let key: Vec<ValueRef<'_>> = key.iter().map(Value::as_ref).collect();
+            let lsn = self.next_lsn();
+            self.sites.put(&self.conn, plan, &key, state, lsn)?;
+        }
+        Ok(())
     }
 
     /// Logs a write of ours as if the application had made it: the next absorb tells the others. Of an update it says
@@ -227,6 +265,12 @@ impl Store {
 
     /// Gives the commit its number.
     pub(super) fn number(&mut self, version: Version, body: Body, rows: u64) -> Result<OwnCommit> {
+        let header = self.next_header(version, rows)?;
+        Ok(OwnCommit { site: version.site, header, body })
+    }
+
+    /// What stands before the rows of the next commit.
+    pub(super) fn next_header(&mut self, version: Version, rows: u64) -> Result<CommitHeader> {
         let site = self.head.site;
         let before = self.head.vector.0.get(&site).copied();
         let (from, prev) = before.map_or((0, 0), |p| (p.n, p.id));
@@ -234,8 +278,7 @@ impl Store {
         let others = self.head.vector.0.iter().filter(|(s, _)| **s != site);
         let seen = others.map(|(s, p)| (*s, p.n, p.hlc)).collect();
         self.raise(site, Point { n: from + 1, hlc: version.hlc, id })?;
-        let header = CommitHeader { from, to: from + 1, id, prev, hlc: version.hlc, seen, rows };
-        Ok(OwnCommit { site, header, body })
+        Ok(CommitHeader { from, to: from + 1, id, prev, hlc: version.hlc, seen, rows })
     }
 }
 

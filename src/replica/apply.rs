@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use rusqlite::{ErrorCode, ffi};
+use rusqlite::{CachedStatement, Connection, ErrorCode, ffi};
 
 use super::adopt::Cause;
 use super::body::Body;
@@ -23,7 +23,7 @@ use crate::core::message::CommitHeader;
 use crate::core::schema::SchemaMode;
 use crate::core::value::{Value, ValueRef};
 use crate::core::vector::{Point, Vector};
-use crate::core::version::{SiteId, Version};
+use crate::core::version::{Hlc, SiteId, Version};
 use crate::sqlite::value::get;
 
 /// Where rows come from.
@@ -66,6 +66,62 @@ struct Target {
     unaware: bool,
     /// Whether rows of other tables refer to its rows by an integer.
     is_parent: bool,
+}
+
+impl Target {
+    /// Whether a row may be one that nobody here knows. What was deleted here before `collected` and forgotten is not
+    /// known here, and is not fresh.
+    fn may_be_fresh(
+        &self,
+        (birth, dead): (Version, Option<Version>),
+        row: &RowBuffer<'_>,
+        collected: Hlc,
+    ) -> bool {
+        let plain = dead.is_none() && row.columns.is_empty() && row.refs.is_empty();
+        plain && birth.hlc > collected && self.places.iter().all(Option::is_some)
+    }
+}
+
+/// Inserts rows that nobody here knows.
+struct Fresh<'c> {
+    conn: &'c Connection,
+    plan: &'c Plan,
+    add: CachedStatement<'c>,
+    insert: CachedStatement<'c>,
+}
+
+impl<'c> Fresh<'c> {
+    fn new(conn: &'c Connection, target: &'c Target) -> Result<Self> {
+        let plan = target.plan.as_ref();
+        let (add, insert) = (conn.prepare_cached(&plan.add_state)?, conn.prepare_cached(&target.insert)?);
+        Ok(Self { conn, plan, add, insert })
+    }
+
+    /// Returns false if it is not that simple; then nothing was done.
+    fn insert(&mut self, (hlc, site): (Hlc, i64), lsn: i64, row: &RowBuffer<'_>) -> Result<bool> {
+        let (keys, add) = (row.key.len(), &mut self.add);
+        for (i, key) in row.key.iter().enumerate() {
+            add.raw_bind_parameter(i + 1, key)?;
+        }
+        add.raw_bind_parameter(keys + 1, hlc.0 as i64)?;
+        add.raw_bind_parameter(keys + 2, site)?;
+        add.raw_bind_parameter(keys + 3, lsn)?;
+        if add.raw_execute()? == 0 {
+            return Ok(false);
+        }
+        for (i, value) in row.key.iter().chain(&row.values).enumerate() {
+            self.insert.raw_bind_parameter(i + 1, value)?;
+        }
+        match self.insert.raw_execute() {
+            Ok(_) => Ok(true),
+            Err(e) if e.sqlite_error_code() == Some(ErrorCode::ConstraintViolation) => {
+                let params = rusqlite::params_from_iter(row.key.iter());
+                self.conn.prepare_cached(&self.plan.remove_state())?.execute(params)?;
+                Ok(false)
+            }
+            Err(e) => Err(e.into()),
+        }
+    }
 }
 
 impl Store {
@@ -280,10 +336,14 @@ impl Store {
             return Err(WireError::Malformed("the schema's rows among others").into());
         }
         let watched = target.as_ref().map_or(Ok(Vec::new()), |t| self.watched(&t.plan))?;
-        let whole = target.as_ref().is_some_and(|t| t.places.iter().all(Option::is_some));
-        let (mut row, mut rows, collected) = (RowBuffer::default(), 0, self.head.collected.latest());
-        while let Some(versions) = section.next_row(&mut row)? {
-            rows += 1;
+        let (mut row, mut rows) = (RowBuffer::default(), 0);
+        loop {
+            let simple = watched.is_empty() && target.as_ref().is_some_and(|t| !t.unaware);
+            let next = match &target {
+                Some(target) if simple => self.take_fresh(target, &mut section, &mut row, &mut rows)?,
+                _ => section.next_row(&mut row)?.inspect(|_| rows += 1),
+            };
+            let Some(versions) = next else { break };
             let Some(target) = &mut target else { continue };
             if (target.unaware || row.fixed) && versions.0 != Version::ZERO {
                 self.fix(&target.plan, versions.0)?;
@@ -296,11 +356,14 @@ impl Store {
                 };
                 self.touch_child(&target.plan, &watched, &row.key, value)?;
             }
-            let fresh = whole && versions.1.is_none() && row.columns.is_empty() && row.refs.is_empty();
-            // What was deleted here and forgotten is not known here, and is not fresh.
-            let fresh = fresh && versions.0.hlc > collected;
-            if fresh && self.insert_fresh(target, versions.0, &row)? {
-                continue;
+            // Otherwise that was tried.
+            if (!simple || row.fixed) && target.may_be_fresh(versions, &row, self.head.collected.latest()) {
+                let site = self.sites.index(&self.conn, versions.0.site)?;
+                let lsn = self.head.lsn + 1;
+                if Fresh::new(&self.conn, target)?.insert((versions.0.hlc, site), lsn, &row)? {
+                    self.head.lsn = lsn;
+                    continue;
+                }
             }
             let theirs = incoming(&target.plan, &target.places, versions, &row);
             if let Some(link) = &target.link {
@@ -316,39 +379,29 @@ impl Store {
         Ok(rows)
     }
 
-    /// The fast path: a row that nobody here knows. Returns false if it is not that simple; then nothing was done.
-    fn insert_fresh(&mut self, target: &Target, birth: Version, row: &RowBuffer<'_>) -> Result<bool> {
-        let site = self.sites.index(&self.conn, birth.site)?;
-        let (keys, plan) = (row.key.len(), &target.plan);
-        let mut add = self.conn.prepare_cached(&plan.add_state)?;
-        for (i, key) in row.key.iter().enumerate() {
-            add.raw_bind_parameter(i + 1, key)?;
-        }
-        add.raw_bind_parameter(keys + 1, birth.hlc.0 as i64)?;
-        add.raw_bind_parameter(keys + 2, site)?;
-        add.raw_bind_parameter(keys + 3, self.head.lsn + 1)?;
-        if add.raw_execute()? == 0 {
-            return Ok(false);
-        }
-        drop(add);
-        let mut insert = self.conn.prepare_cached(&target.insert)?;
-        for (i, value) in row.key.iter().chain(&row.values).enumerate() {
-            insert.raw_bind_parameter(i + 1, value)?;
-        }
-        match insert.raw_execute() {
-            Ok(_) => {
-                self.head.lsn += 1;
-                Ok(true)
+    /// The fast path: inserts rows as long as nobody here knows them. Returns the versions of the first one that is not
+    /// that simple, with which nothing was done; `None` at the section's end.
+    fn take_fresh<'a>(
+        &mut self,
+        target: &Target,
+        section: &mut Section<'a>,
+        row: &mut RowBuffer<'a>,
+        rows: &mut u64,
+    ) -> Result<Option<(Version, Option<Version>)>> {
+        let collected = self.head.collected.latest();
+        let mut fresh = Fresh::new(&self.conn, target)?;
+        while let Some(versions) = section.next_row(row)? {
+            *rows += 1;
+            if row.fixed || !target.may_be_fresh(versions, row, collected) {
+                return Ok(Some(versions));
             }
-            Err(e) if e.sqlite_error_code() == Some(ErrorCode::ConstraintViolation) => {
-                drop(insert);
-                let remove = plan.remove_state();
-                let params = rusqlite::params_from_iter(row.key.iter());
-                self.conn.prepare_cached(&remove)?.execute(params)?;
-                Ok(false)
+            let site = self.sites.index(&self.conn, versions.0.site)?;
+            if !fresh.insert((versions.0.hlc, site), self.head.lsn + 1, row)? {
+                return Ok(Some(versions));
             }
-            Err(e) => Err(e.into()),
+            self.head.lsn += 1;
         }
+        Ok(None)
     }
 
     /// What this file holds of a row: its state (that of an adopted row, if it has none) and its values.

@@ -11,19 +11,20 @@ const PAUSE_FACTOR: u32 = 2;
 const LEAST_PAUSE: Duration = Duration::from_millis(5);
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 /// A transaction that is long by itself.
-const LONG: Duration = Duration::from_millis(8);
+const LONG: Duration = Duration::from_millis(2);
 
 /// What goes into one transaction.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Batch {
     pub commits: usize,
+    pub rows: u64,
     pub bytes: u64,
 }
 
 /// Enough to share an fsync, few enough to be short.
-const ALONE: Batch = Batch { commits: 256, bytes: 1024 * 1024 };
+const ALONE: Batch = Batch { commits: 256, rows: 100_000, bytes: 1024 * 1024 };
 /// A few ms, unless one commit takes longer.
-const BESIDE_WRITERS: Batch = Batch { commits: 4, bytes: 16 * 1024 };
+const BESIDE_WRITERS: Batch = Batch { commits: 4, rows: 800, bytes: 64 * 1024 };
 
 /// Whether programs write, and what follows from that. Without being told to, nothing does.
 #[derive(Debug, Default)]

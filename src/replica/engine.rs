@@ -223,8 +223,8 @@ impl Engine {
     /// Absorbs what the application wrote.
     pub fn absorb(&mut self) -> Result<()> {
         if self.store.has_news()? {
-            let own = self.store.absorb()?;
-            self.publish(own);
+            let own = self.store.absorb_all()?;
+            own.into_iter().for_each(|own| self.publish(Some(own)));
         }
         Ok(())
     }

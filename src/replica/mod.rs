@@ -29,6 +29,7 @@ pub mod mark;
 pub mod materialize;
 pub mod merging;
 pub mod page;
+pub mod parts;
 pub mod plan;
 pub mod progress;
 pub mod recall;

@@ -26,8 +26,10 @@ pub struct Plan {
     pub changed: String,
     /// `tbl` -> `op, k…, m…` in order.
     pub log: String,
-    /// `bh, bs, base lsn, tbl`: births for a log of nothing but inserts.
+    /// `bh, bs, base lsn, tbl, after seq, up to seq`: births for a part of the log that is nothing but inserts.
     pub absorb_inserts: String,
+    /// `after lsn` -> how many states changed.
+    pub count_changed: String,
 }
 
 impl Plan {
@@ -54,7 +56,7 @@ impl Plan {
                 let order = list(key, |(i, c)| format!("k{i} COLLATE {}", ident(&c.collation)));
                 (format!("row_number() OVER (ORDER BY {order})"), String::new())
             }
-            KeyKind::Integer | KeyKind::Rowid => ("seq".to_owned(), " ORDER BY seq".to_owned()),
+            KeyKind::Integer | KeyKind::Rowid => ("(seq - ?5)".to_owned(), " ORDER BY seq".to_owned()),
         };
         Self {
             select_state: format!("SELECT bh, bs, dh, ds, cols FROM {state} WHERE {state_key}"),
@@ -80,10 +82,11 @@ impl Plan {
             log: format!("SELECT op, {}, {masks} FROM {PREFIX}log WHERE tbl = ?1 ORDER BY seq", k("")),
             absorb_inserts: format!(
                 "INSERT INTO {state}({0}, bh, bs, lsn) SELECT {0}, ?1, ?2, ?3 + {place} FROM {PREFIX}log \
-                 WHERE tbl = ?4 AND {no_nulls}{order} ON CONFLICT({0}) DO UPDATE SET bh = excluded.bh, \
+                 WHERE tbl = ?4 AND seq > ?5 AND seq <= ?6 AND {no_nulls}{order} ON CONFLICT({0}) DO UPDATE SET bh = excluded.bh, \
                  bs = excluded.bs, dh = NULL, ds = NULL, cols = NULL, lsn = excluded.lsn",
                 k("")
             ),
+            count_changed: format!("SELECT count(*) FROM {state} INDEXED BY {state}_lsn WHERE lsn > ?1"),
             wire_name,
             wire_columns,
             table,

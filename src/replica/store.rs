@@ -1,7 +1,7 @@
 //! A file that is being replicated: its connection and what is kept of it in memory. Invariant: after a failed
 //! transaction memory is read again from the file, so that the two never differ.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,6 +13,7 @@ use super::children::Touched;
 use super::conflict::ConflictCounts;
 use super::forget::{self, Joining};
 use super::merging::Merging;
+use super::parts::{Ends, PART_ROWS};
 use super::plan::Plan;
 use super::rekey::{self, Links, Moves};
 use super::schema::ObjectKey;
@@ -29,6 +30,8 @@ use crate::sqlite::durable::Durability;
 pub struct Store {
     pub(super) conn: Connection,
     durability: Durability,
+    /// How many changes the connection had made when it was synchronised last.
+    synced: Cell<u64>,
     pub(super) spool_dir: PathBuf,
     pub(super) plans: Vec<Arc<Plan>>,
     pub(super) sites: Sites,
@@ -72,6 +75,12 @@ pub struct Store {
     pub(super) joining: Joining,
     /// Nothing is captured any more: the node leaves the mesh.
     pub(super) closed: bool,
+    /// Where the application's transactions end in the log, as far as that was seen.
+    pub(super) ends: RefCell<Ends>,
+    /// Sees where they end while the connection reads.
+    pub(super) lookout: Option<Connection>,
+    /// From how many rows on a commit of inserts is ended where a transaction ends.
+    pub(super) part_rows: i64,
 }
 
 /// Whether a table of this name is replicated.
@@ -116,6 +125,7 @@ impl Store {
         let mut store = Self {
             conn,
             durability,
+            synced: Cell::new(0),
             spool_dir: spool_dir.to_owned(),
             plans: Vec::new(),
             sites,
@@ -142,6 +152,9 @@ impl Store {
             replaced: None,
             joining: Joining::new(),
             closed: false,
+            ends: RefCell::default(),
+            lookout: None,
+            part_rows: PART_ROWS,
         };
         store.write(Self::refresh_schema)?;
         Ok(store)
@@ -180,8 +193,12 @@ impl Store {
 
     /// Whether there is anything to absorb: a log, or a schema that may hold new tables.
     pub fn has_news(&self) -> Result<bool> {
-        Ok(!self.closed
-            && (self.schema_numbers()? != (self.schema_version, self.user_version) || self.has_log()?))
+        Ok(!self.closed && (self.has_other_schema()? || self.has_log()?))
+    }
+
+    /// Whether the schema is another one than was read last.
+    pub(super) fn has_other_schema(&self) -> Result<bool> {
+        Ok(self.schema_numbers()? != (self.schema_version, self.user_version))
     }
 
     /// SQLite's schema version, which every change of the schema moves, and the application's user version.
@@ -192,15 +209,34 @@ impl Store {
 
     /// Runs `work` in one write transaction; commits with everything on the disk, or leaves the file as it was.
     pub fn write<T>(&mut self, work: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
-        self.conn.prepare_cached("BEGIN IMMEDIATE")?.execute([])?;
-        let before = self.conn.total_changes();
-        let result = self.look_at_file().and_then(|()| work(self)).and_then(|value| {
-            self.conn.prepare_cached("COMMIT")?.execute([])?;
-            if self.conn.total_changes() != before {
-                self.durability.sync()?;
-            }
+        self.begin()?;
+        self.complete(|store| {
+            let value = work(store)?;
+            store.commit()?;
             Ok(value)
-        });
+        })
+    }
+
+    /// Begins a write transaction, however long others write.
+    pub(super) fn begin(&self) -> Result<()> {
+        self.conn.prepare_cached("BEGIN IMMEDIATE")?.execute([])?;
+        Ok(())
+    }
+
+    /// Commits what was begun, and brings it to the disk.
+    pub(super) fn commit(&self) -> Result<()> {
+        self.conn.prepare_cached("COMMIT")?.execute([])?;
+        let changes = self.conn.total_changes();
+        if self.synced.get() != changes {
+            self.durability.sync()?;
+            self.synced.set(changes);
+        }
+        Ok(())
+    }
+
+    /// Runs `work`, which commits, in a transaction that was begun; leaves the file as it was if it does not come to that.
+    pub(super) fn complete<T>(&mut self, work: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
+        let result = self.look_at_file().and_then(|()| work(self));
         if result.is_err() {
             if !self.conn.is_autocommit() {
                 self.conn.execute_batch("ROLLBACK")?;
@@ -222,7 +258,7 @@ impl Store {
 
     /// Reads the schema again if the application changed it; puts back what of ours is missing. Within a transaction.
     pub(super) fn refresh_schema(&mut self) -> Result<()> {
-        if self.closed || self.schema_numbers()? == (self.schema_version, self.user_version) {
+        if self.closed || !self.has_other_schema()? {
             return Ok(());
         }
         adopt::refresh(self, Cause::Application)?;

@@ -16,15 +16,16 @@ impl Engine {
     pub(super) fn ready(&mut self, now_ms: u64) -> Vec<PeerCommit> {
         let mut vector = self.store.head().vector.clone();
         let mut batch = Vec::new();
-        let mut bytes = 0;
+        let (mut bytes, mut rows) = (0, 0);
         let most = self.courtesy.batch();
         loop {
             let before = batch.len();
             let sites: Vec<SiteId> = self.feeds.keys().copied().collect();
             for site in sites {
-                while batch.len() < most.commits && bytes < most.bytes {
+                while batch.len() < most.commits && rows < most.rows && bytes < most.bytes {
                     let Some(commit) = self.next_of(site, &vector, now_ms) else { break };
                     bytes += commit.body.len();
+                    rows += commit.header.rows;
                     let CommitHeader { to, hlc, id, .. } = commit.header;
                     vector.raise(site, Point { n: to, hlc, id });
                     batch.push(commit);

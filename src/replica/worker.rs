@@ -10,6 +10,7 @@ use super::ReplicaError;
 use super::clock::{SharedClocks, steady_ms};
 use super::engine::{Action, Engine};
 use super::mark::{Mark, Position};
+use super::parts::PART_ROWS;
 use super::send::{commit_pieces, message_pieces};
 use crate::core::message::{Fragment, Message};
 use crate::core::names::{DbName, NodeName};
@@ -21,6 +22,8 @@ const TICK: Duration = Duration::from_millis(250);
 /// After a commit of many rows: how long to gather before the next one, and what counts as many.
 const GATHER: Duration = Duration::from_millis(10);
 const MANY_ROWS: u64 = 300;
+/// How often to look at the log meanwhile: where it ends for a reader, a transaction ends.
+const LOOK: Duration = Duration::from_millis(1);
 /// Inputs that may wait. Each is a message; what they weigh is bounded separately.
 const QUEUE: usize = 16 * 1024;
 /// Bytes that may wait: what comes beyond is dropped and fetched from a peer later.
@@ -224,12 +227,8 @@ impl Worker {
             Ok(input) => self.take(input),
             Err(RecvTimeoutError::Timeout) => return true,
         }
-        while let Some(pause) = self.gather_until.map(|t| t.saturating_duration_since(Instant::now())) {
-            match self.inputs.recv_timeout(pause) {
-                Ok(Input::Stop) | Err(RecvTimeoutError::Disconnected) => return false,
-                Ok(input) => self.take(input),
-                Err(RecvTimeoutError::Timeout) => self.gather_until = None,
-            }
+        if !self.gather() {
+            return false;
         }
         for _ in 0..QUEUE {
             match self.inputs.try_recv() {
@@ -238,6 +237,29 @@ impl Worker {
                 Err(_) => break,
             }
         }
+        true
+    }
+
+    /// After many rows, waits for more of them, and looks where transactions end; returns whether to go on.
+    fn gather(&mut self) -> bool {
+        let mut look = Instant::now();
+        while let Some(until) = self.gather_until {
+            let now = Instant::now();
+            if now >= look || now >= until {
+                look = now + LOOK;
+                // What fails here fails again when it matters, and is told then.
+                let rows = self.engine.store().note_end().unwrap_or_default();
+                if now >= until || rows >= 8 * PART_ROWS {
+                    break;
+                }
+            }
+            match self.inputs.recv_timeout(look.min(until).saturating_duration_since(now)) {
+                Ok(Input::Stop) | Err(RecvTimeoutError::Disconnected) => return false,
+                Ok(input) => self.take(input),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+        }
+        self.gather_until = None;
         true
     }
 
@@ -292,13 +314,15 @@ impl Worker {
             let send = |message: Outgoing| drop(outgoing.blocking_send(message));
             match action {
                 Action::Publish(mut own) => {
-                    if own.header.rows >= MANY_ROWS {
-                        self.gather_until = Some(Instant::now() + GATHER);
-                    }
+                    let many = own.header.rows >= MANY_ROWS;
                     let (db, site) = (&self.db, own.site.0);
                     commit_pieces(&mut own, |payload| {
                         send(Outgoing::Commit { db: db.clone(), site, payload })
                     })?;
+                    if many {
+                        self.engine.store().note_end()?;
+                        self.gather_until = Some(Instant::now() + GATHER);
+                    }
                 }
                 Action::Broadcast(message) => {
                     message_pieces(&message, |payload| send(Outgoing::Broadcast { payload }))

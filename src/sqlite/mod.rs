@@ -134,10 +134,15 @@ fn wait_for_writer(tries: i32) -> bool {
     pause * u32::try_from(tries).unwrap_or(u32::MAX) < BUSY_TIMEOUT
 }
 
+/// Lets a connection wait for applications' transactions.
+pub fn wait_for_writers(conn: &Connection) -> rusqlite::Result<()> {
+    conn.busy_handler(Some(wait_for_writer))
+}
+
 /// Makes a connection fit for replication: no triggers but TEMP ones, no enforcement that the origin has done,
 /// every commit of ours on the disk before it is sent.
 pub fn configure(conn: &Connection) -> rusqlite::Result<()> {
-    conn.busy_handler(Some(wait_for_writer))?;
+    wait_for_writers(conn)?;
     conn.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_TRIGGER, false)?;
     conn.set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, false)?;
     conn.query_row("SELECT count(*) FROM sqlite_schema", [], |_| Ok(()))?;

@@ -16,6 +16,7 @@ mod held;
 mod history;
 mod mixed;
 mod mixed_check;
+mod parts;
 mod rare;
 mod rekey_model;
 mod rekey_oracle;
