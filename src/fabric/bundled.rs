@@ -17,7 +17,7 @@ use super::options::FabricOptions;
 use super::rotation::Told;
 use super::server::{self, AS_EXPECTED, Server, ServerSetup};
 use super::state_lock::StateLock;
-use super::{gate, monitor, watchdog};
+use super::{election, gate, monitor, watchdog};
 
 const CONNECT_PATIENCE: Duration = Duration::from_secs(10);
 /// Servers dial a peer that is away once a second.
@@ -69,6 +69,7 @@ impl Bundled {
         let (identity, server) = (Arc::new(identity), Arc::new(server));
         let (address, store) = (identity.ports.monitor, identity.state.store());
         tasks.spawn(watchdog::watch(server.clone(), address, store, watchdog::PERIOD));
+        tasks.spawn(election::watch(identity.clone()));
         Ok((Self { identity, server, keys: Arc::default(), is_founder }, client, members))
     }
 }

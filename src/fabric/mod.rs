@@ -7,6 +7,7 @@ mod bundled;
 pub mod certs;
 mod conf;
 mod departure;
+mod election;
 mod error;
 mod events;
 mod external;

@@ -52,6 +52,38 @@ pub async fn meta_group(monitor: SocketAddr) -> io::Result<MetaGroup> {
     })
 }
 
+/// A consensus group, as one server of it sees it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RaftGroup {
+    /// Its name.
+    pub name: String,
+    /// A server that leads it is known.
+    pub has_leader: bool,
+    /// Which election was the last, by this server's knowledge.
+    pub term: u64,
+    /// Where this server's log ends.
+    pub last_index: u64,
+    /// How many servers must agree.
+    pub quorum: u64,
+    /// The ids of the others.
+    pub peers: Vec<String>,
+}
+
+/// The groups of an account that the server is part of.
+pub async fn raft_groups(monitor: SocketAddr, account: &str) -> io::Result<Vec<RaftGroup>> {
+    let answer = get(monitor, &format!("/raftz?acc={account}")).await?;
+    let groups = answer[account].as_object().into_iter().flatten();
+    let group = |(name, group): (&String, &Value)| RaftGroup {
+        name: name.clone(),
+        has_leader: group["leader"].as_str().is_some_and(|id| !id.is_empty()),
+        term: group["term"].as_u64().unwrap_or_default(),
+        last_index: group["pindex"].as_u64().unwrap_or_default(),
+        quorum: group["quorum_needed"].as_u64().unwrap_or(u64::MAX),
+        peers: group["peers"].as_object().into_iter().flatten().map(|(id, _)| id.clone()).collect(),
+    };
+    Ok(groups.map(group).collect())
+}
+
 /// A stream of which a server holds a copy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Hosted {

@@ -4,9 +4,9 @@ use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use serde_json::Value;
 
+use crate::support::authority::authority;
 use crate::support::{Node, free_addresses, wait_equal, wait_for};
 
 const USER: &str = "authorization { user: lm, password: \"s3cret@:\" }\n";
@@ -249,29 +249,6 @@ fn without_jetstream_rows_replicate_all_the_same() {
     wait_equal(&[&a, &b], "app.db");
     assert_eq!(rows(&b), "52");
     assert_eq!(a.status()["ready"], true);
-}
-
-fn file(dir: &Path, name: &str, text: &str) -> String {
-    let path = dir.join(name);
-    std::fs::write(&path, text).unwrap();
-    path.display().to_string()
-}
-
-/// A CA, and a certificate of it for loopback: certificate and key.
-fn authority(dir: &Path, name: &str) -> (String, String, String) {
-    let mut params = CertificateParams::new(Vec::new()).unwrap();
-    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    let key = KeyPair::generate().unwrap();
-    let ca = params.self_signed(&key).unwrap();
-    let issuer = Issuer::from_params(&params, &key);
-    let own = KeyPair::generate().unwrap();
-    let leaf = CertificateParams::new(vec!["localhost".to_owned(), "127.0.0.1".to_owned()]).unwrap();
-    let leaf = leaf.signed_by(&own, &issuer).unwrap();
-    (
-        file(dir, &format!("{name}.ca"), &ca.pem()),
-        file(dir, &format!("{name}.crt"), &leaf.pem()),
-        file(dir, &format!("{name}.key"), &own.serialize_pem()),
-    )
 }
 
 #[test]

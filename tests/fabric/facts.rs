@@ -226,6 +226,60 @@ async fn a_tags(a: &Raw) -> Vec<String> {
     varz["tags"].as_array().into_iter().flatten().filter_map(|t| Some(t.as_str()?.to_owned())).collect()
 }
 
+/// A request for votes in a term that nobody has heard of, by a candidate that nobody has, whose log is empty.
+fn nobodys_request(term: u64) -> Vec<u8> {
+    let mut bytes = [term.to_le_bytes(), [0; 8], [0; 8]].concat();
+    bytes.extend(b"litemesh");
+    bytes
+}
+
+async fn meta_raft(server: &Raw) -> Value {
+    server.look("/raftz?acc=SYS").await["SYS"]["_meta_"].clone()
+}
+
+/// How long after its peer's start a server that was alone, and was itself started alone, leads or follows.
+async fn led_after(asked: bool) -> Duration {
+    let [mut a, mut b] = Raw::cluster(["a", "b"]).await;
+    a.kill();
+    b.kill();
+    a.start();
+    let _leaf = a.hold_leaf();
+    let stands = async || meta_raft(&a).await["state"] == "CANDIDATE";
+    eventually("it stands for election, alone", stands).await;
+    // It has just stood: the next time is four seconds away at least.
+    let started = Instant::now();
+    b.start();
+    let connected = async || a.look("/routez").await["num_routes"].as_u64() > Some(0);
+    eventually("they are connected", connected).await;
+    let sys = a.sys().await;
+    let mut term = 0;
+    while a.leader().await.is_none() {
+        assert!(started.elapsed() < Duration::from_secs(40), "it never leads");
+        let raft = meta_raft(&a).await;
+        assert!(raft["peers"].as_object().is_some_and(|peers| peers.len() == 1), "{raft}");
+        if asked && term == 0 {
+            term = raft["term"].as_u64().expect("a term");
+            let inbox = sys.new_inbox();
+            let request = nobodys_request(term + 1).into();
+            sys.publish_with_reply("$NRG.V._meta_", inbox, request).await.expect("sent");
+            sys.flush().await.expect("flushed");
+        }
+        sleep(Duration::from_millis(20)).await;
+    }
+    let led = started.elapsed();
+    assert_ne!(meta_raft(&a).await["voted_for"], "litemesh");
+    led
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_the_peer_is_back_an_election_waits_for_seconds_unless_it_is_asked_for() {
+    let by_itself = led_after(false).await;
+    let asked = led_after(true).await;
+    println!("a leader {by_itself:?} after the peer's start by itself, {asked:?} when asked");
+    assert!(by_itself > Duration::from_secs(2), "{by_itself:?}: there is no need to ask");
+    assert!(asked < by_itself, "{asked:?}, and {by_itself:?} without");
+}
+
 /// Messages a second that a publisher gets rid of while the peer that wants them all hangs.
 async fn rate_with_a_hung_peer(extra: &'static str, cluster_extra: &'static str) -> f64 {
     let [a, b] = Raw::cluster_with(["a", "b"], |server| {

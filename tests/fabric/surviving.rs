@@ -1,10 +1,10 @@
 //! What works when others are gone: the facts about nats-server that the design stands on.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use litemesh::fabric::JoinToken;
 use litemesh::fabric::keys::MeshKey;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::support::{Site, api, commit, eventually, last_logged, log_messages, pair, until_heard};
 
@@ -90,4 +90,78 @@ async fn a_first_node_that_lost_its_disk_returns_and_founds_nothing() {
     eventually("b's log is whole", async || log_messages(&client, &b_site.name).await == Some(1)).await;
     a.fabric.shutdown().await;
     b.fabric.shutdown().await;
+}
+
+/// What was until then: a peer that comes back has lost nothing, and the survivor has waited for it in one of these ways.
+#[derive(Debug, Clone, Copy)]
+enum Survivor {
+    /// It ran all the time.
+    RanOn,
+    /// It was killed and started again, alone.
+    StartedAlone,
+    /// Both were killed at one moment, and it was the first to be back.
+    FirstOfBoth,
+}
+
+/// How long after its start a peer that comes back is heard and hears, new streams can be made on both, and one with a copy on
+/// each takes messages again.
+async fn resumes_after(a_site: &Site, b_site: &Site, survivor: Survivor, alone: Duration) -> [Duration; 3] {
+    let (mut a, b) = pair(a_site, b_site).await;
+    a.log_exists().await;
+    b.log_exists().await;
+    let copied = json!({ "name": "both", "subjects": ["both"], "num_replicas": 2 });
+    let client = a_site.app().await;
+    let made = async || api(&client, "$JS.API.STREAM.CREATE.both", copied.clone()).await.is_some_and(is_good);
+    eventually("a stream with two copies is made", made).await;
+    b.kill_9().await;
+    if !matches!(survivor, Survivor::RanOn) {
+        if matches!(survivor, Survivor::StartedAlone) {
+            eventually("nobody leads", async || a.fabric.server_info().await.leader.is_none()).await;
+        }
+        a.kill_9().await;
+        a = a_site.start(None).await;
+    }
+    tokio::time::sleep(alone).await;
+    let started = Instant::now();
+    let mut b = b_site.start(None).await;
+    until_heard(&a, &mut b, "welcome back").await;
+    until_heard(&b, &mut a, "thanks").await;
+    let heard = started.elapsed();
+    for site in [a_site, b_site] {
+        let (client, name) = (site.app().await, format!("new_{}", site.name));
+        let subject = format!("$JS.API.STREAM.CREATE.{name}");
+        let tags = [format!("node:{}", site.name)];
+        let config = json!({ "name": name, "subjects": [name], "placement": { "tags": tags } });
+        let made = async || api(&client, &subject, config.clone()).await.is_some_and(is_good);
+        eventually("a new stream is made", made).await;
+    }
+    let made = started.elapsed();
+    let client = a_site.app().await;
+    let taken = async || api(&client, "both", json!("x")).await.is_some_and(is_good);
+    eventually("the stream with two copies takes a message", taken).await;
+    let taken = started.elapsed();
+    a.fabric.shutdown().await;
+    b.fabric.shutdown().await;
+    [heard, made, taken]
+}
+
+fn is_good(answer: Value) -> bool {
+    answer.get("error").is_none()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn everything_resumes_soon_after_the_peer_is_back() {
+    let rounds = std::env::var("LITEMESH_TEST_ROUNDS").ok().and_then(|n| n.parse().ok()).unwrap_or(1);
+    for round in 0..rounds {
+        for survivor in [Survivor::RanOn, Survivor::StartedAlone, Survivor::FirstOfBoth] {
+            let (a, b) = (Site::new("a"), Site::new("b"));
+            // At another moment between two elections each time.
+            let alone = Duration::from_millis(12_000 + round * 700);
+            let [heard, made, taken] = resumes_after(&a, &b, survivor, alone).await;
+            println!(
+                "{survivor:?}: heard {heard:?}, new streams {made:?}, a stream with two copies {taken:?}"
+            );
+            assert!(taken < Duration::from_secs(20), "{survivor:?}: {taken:?}");
+        }
+    }
 }

@@ -3,6 +3,9 @@
 
 #![allow(dead_code, reason = "each test crate uses a part of it")]
 
+pub mod authority;
+pub mod operator;
+
 use std::io::{BufRead, BufReader};
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
