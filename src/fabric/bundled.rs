@@ -11,13 +11,14 @@ use tracing::debug;
 use super::accounts::MESH_USER;
 use super::bootstrap::{self, Founding};
 use super::error::FabricError;
+use super::hub::Hub;
 use super::identity::Identity;
 use super::members::Members;
 use super::options::FabricOptions;
 use super::rotation::Told;
 use super::server::{self, AS_EXPECTED, Server, ServerSetup};
 use super::state_lock::StateLock;
-use super::{election, gate, monitor, watchdog};
+use super::{election, gate, hub, monitor, watchdog};
 
 const CONNECT_PATIENCE: Duration = Duration::from_secs(10);
 /// Servers dial a peer that is away once a second.
@@ -31,6 +32,7 @@ pub(super) struct Bundled {
     pub(super) server: Arc<Server>,
     pub(super) keys: Arc<Told>,
     pub(super) is_founder: bool,
+    pub(super) hub: Option<Arc<Hub>>,
 }
 
 impl Bundled {
@@ -40,6 +42,7 @@ impl Bundled {
         lock: StateLock,
         tasks: &mut JoinSet<()>,
     ) -> Result<(Self, async_nats::Client, Members), FabricError> {
+        let hub = options.leaf.as_ref().map(Hub::new).transpose()?.map(Arc::new);
         let (identity, members, founder) = Identity::establish(options).await?;
         let bin = identity.state.bin();
         let binary = tokio::task::spawn_blocking(move || nats_launcher::Bundle::install(&bin))
@@ -70,7 +73,10 @@ impl Bundled {
         let (address, store) = (identity.ports.monitor, identity.state.store());
         tasks.spawn(watchdog::watch(server.clone(), address, store, watchdog::PERIOD));
         tasks.spawn(election::watch(identity.clone()));
-        Ok((Self { identity, server, keys: Arc::default(), is_founder }, client, members))
+        if let Some(hub) = &hub {
+            tasks.spawn(hub::watch(hub.clone(), server.clone(), identity.clone()));
+        }
+        Ok((Self { identity, server, keys: Arc::default(), is_founder, hub }, client, members))
     }
 }
 

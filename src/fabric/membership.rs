@@ -65,7 +65,10 @@ impl Fabric {
     /// What an operator has to look at.
     pub fn notices(&self) -> Vec<String> {
         match &self.system {
-            System::Bundled(bundled) => bundled.keys.notice().into_iter().collect(),
+            System::Bundled(bundled) => {
+                let hub = bundled.hub.as_ref().and_then(|hub| hub.notice());
+                bundled.keys.notice().into_iter().chain(hub).collect()
+            }
             System::External(external) => external.notices(&self.node),
         }
     }

@@ -13,6 +13,7 @@ mod events;
 mod external;
 mod gate;
 mod hello;
+mod hub;
 mod identity;
 pub mod keyring;
 pub mod keys;

@@ -129,6 +129,12 @@ pub async fn route_names(monitor: SocketAddr) -> io::Result<Vec<String>> {
     Ok(names)
 }
 
+/// Whether an account is connected to another system, as far as can be seen.
+pub async fn has_leaf(monitor: SocketAddr, account: &str) -> bool {
+    let answer = get(monitor, "/leafz").await.unwrap_or_default();
+    list(&answer["leafs"]).any(|leaf| leaf["account"] == account)
+}
+
 /// Whether a peer's server connects before the time is over.
 pub async fn peer_within(monitor: SocketAddr, patience: Duration) -> bool {
     let connected = async {

@@ -3,6 +3,7 @@
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use nats_launcher::{Backoff, Exit, ExitCause, READY, ROUTES_READY, ServerEvent, ServerSpec, Supervisor};
@@ -34,6 +35,14 @@ pub const AS_EXPECTED: [&str; 5] = [
     "Error trying to connect to route",
 ];
 
+/// What it writes, every second, of a hub that it cannot connect to: `hub` says that once, in words of ours.
+const ABOUT_THE_HUB: [&str; 4] = [
+    "Leafnode Error ",
+    "TLS leafnode handshake error",
+    "Error trying to connect as leafnode",
+    "Credentials file",
+];
+
 /// What the server is doing.
 #[derive(Debug, Clone)]
 pub enum Health {
@@ -54,6 +63,8 @@ pub enum Health {
 pub struct Server {
     supervisor: Supervisor,
     health: watch::Receiver<Health>,
+    /// What it said last of the hub that it is connected to.
+    hub: Arc<Mutex<Option<String>>>,
     conf_path: PathBuf,
     /// After the supervisor: fields are dropped in this order.
     _lock: Option<StateLock>,
@@ -88,16 +99,23 @@ impl Server {
             // A port that is taken is told before this, whichever it is.
             ready_when: vec![READY, ROUTES_READY],
             hushed,
+            overheard: ABOUT_THE_HUB.to_vec(),
             grace: GRACE,
             backoff: Backoff::default(),
         };
         let (told, health) = watch::channel(Health::Starting);
+        let hub = Arc::<Mutex<Option<String>>>::default();
+        let said = hub.clone();
         let node = name.to_owned();
         let mut times = 0;
         let supervisor = Supervisor::start(spec, move |event| {
             let health = match event {
                 ServerEvent::Started { pid } => {
                     debug!(node, pid, "nats-server started");
+                    return;
+                }
+                ServerEvent::Said { text } => {
+                    *said.lock().unwrap_or_else(PoisonError::into_inner) = Some(text);
                     return;
                 }
                 ServerEvent::Ready { .. } => {
@@ -116,7 +134,7 @@ impl Server {
             };
             told.send_replace(health);
         })?;
-        Ok(Self { supervisor, health, conf_path, _lock: lock })
+        Ok(Self { supervisor, health, hub, conf_path, _lock: lock })
     }
 
     /// Until it takes connections. A taken port may be a predecessor's that is just dying: it gets a moment.
@@ -173,6 +191,11 @@ impl Server {
     /// Whether it is ready, by its own account.
     pub fn is_ready(&self) -> bool {
         matches!(*self.health.borrow(), Health::Ready)
+    }
+
+    /// What it said of its hub since this was last asked.
+    pub fn said_of_hub(&self) -> Option<String> {
+        self.hub.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// The process.

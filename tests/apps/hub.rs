@@ -9,7 +9,12 @@ use async_nats::jetstream::{self, stream};
 use futures::StreamExt;
 use serde_json::Value;
 
+use crate::support::authority::authority;
+use crate::support::operator::Operator;
 use crate::support::{Node, free_addresses, wait_for};
+
+const USERS: &str = "accounts { HUB { jetstream: enabled, users: [{user: leaf, password: secret-of-the-hub}, {user: app, \
+                     password: p}] } }\n";
 
 /// A nats-server that knows nothing of litemesh; it is stopped when dropped.
 struct Hub {
@@ -27,11 +32,11 @@ impl Drop for Hub {
 }
 
 impl Hub {
-    fn start(program: &Path, dir: &Path, [client, leaf]: [SocketAddr; 2]) -> Self {
+    /// With what its configuration says of its users, and of its leafnode port.
+    fn start(program: &Path, dir: &Path, [client, leaf]: [SocketAddr; 2], users: &str, port: &str) -> Self {
         let conf = format!(
-            "server_name: hub\nlisten: \"{client}\"\nleafnodes {{ listen: \"{leaf}\" }}\njetstream {{ store_dir: {:?} }}\n\
-             accounts {{ HUB {{ jetstream: enabled, users: [{{user: leaf, password: secret-of-the-hub}}, {{user: app, \
-             password: p}}] }} }}\n",
+            "server_name: hub\nlisten: \"{client}\"\nleafnodes {{ listen: \"{leaf}\"\n{port} }}\njetstream {{ store_dir: \
+             {:?} }}\n{users}",
             dir.join("hub")
         );
         std::fs::write(dir.join("hub.conf"), conf).unwrap();
@@ -103,7 +108,7 @@ async fn programs_at_the_hub_and_on_the_nodes_hear_each_other() {
         a.exec("app.db", "INSERT INTO t VALUES('x', 1)");
         wait_for("b has it", || b.text("app.db", "SELECT count(*) || '' FROM t") == "1");
     });
-    let hub = tokio::task::block_in_place(|| Hub::start(&program, dir.path(), addresses));
+    let hub = tokio::task::block_in_place(|| Hub::start(&program, dir.path(), addresses, USERS, ""));
     assert_eq!(hub.leaf, addresses[1]);
     let (at_hub, at_a, at_b) = (hub.connect().await, connect(&a).await, connect(&b).await);
     let mut to_hub = at_hub.subscribe("news").await.unwrap();
@@ -138,4 +143,97 @@ async fn programs_at_the_hub_and_on_the_nodes_hear_each_other() {
     for node in [&a, &b] {
         assert!(!node.log.lock().unwrap().iter().any(|l| l.contains("secret-of-the-hub")), "{}", node.name);
     }
+}
+
+fn logged(node: &Node, words: &[&str]) -> bool {
+    node.log.lock().unwrap().iter().any(|line| words.iter().all(|word| line.contains(word)))
+}
+
+/// A node whose programs' account is connected to a hub, with these options.
+fn spoke(dir: &Path, name: &str, url: String, options: &[&str]) -> Node {
+    let mut node = Node::new(dir, name, &["app.db"]);
+    node.variables.push(("LITEMESH_LEAF_URL".to_owned(), url));
+    node.extra = options.iter().map(|o| (*o).to_owned()).collect();
+    node
+}
+
+/// Expects that a node works though its hub does not let it in, and says why.
+fn refused(mut node: Node, words: &[&str]) {
+    node.exec("app.db", "CREATE TABLE t(id TEXT PRIMARY KEY)");
+    node.start(None);
+    node.exec("app.db", "INSERT INTO t VALUES('x')");
+    node.sync();
+    wait_for(&format!("{} says {words:?}", node.name), || logged(&node, words));
+    let warned = |status: &Value| words.iter().all(|word| status["warnings"].to_string().contains(word));
+    wait_for("status says it, too", || warned(&node.status()));
+    let status = node.status();
+    assert_eq!((&status["ready"], &status["fabric"]["connected"]), (&true.into(), &true.into()));
+    assert!(!logged(&node, &["secret-of-the-hub"]) && !status.to_string().contains("secret-of-the-hub"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hub_over_tls_with_a_password() {
+    let dir = tempfile::tempdir().unwrap();
+    let program = nats_launcher::Bundle::install(&dir.path().join("bin")).unwrap();
+    let addresses = [free_addresses(1)[0], free_addresses(1)[0]];
+    let (ca, cert, key) = authority(dir.path(), "good");
+    let (other_ca, ..) = authority(dir.path(), "other");
+    let tls = format!("tls {{ cert_file: {cert:?}, key_file: {key:?}, timeout: 5 }}");
+    let url = format!("tls://leaf:secret-of-the-hub@{}", addresses[1]);
+    let wrong = format!("tls://leaf:not-secret-of-the-hub@{}", addresses[1]);
+    let mut a = spoke(dir.path(), "a", url.clone(), &["--leaf-ca", &ca]);
+    a.exec("app.db", "CREATE TABLE t(id TEXT PRIMARY KEY)");
+    let hub = tokio::task::block_in_place(|| {
+        let hub = Hub::start(&program, dir.path(), addresses, USERS, &tls);
+        a.start(None);
+        refused(spoke(dir.path(), "b", url.clone(), &["--leaf-ca", &other_ca]), &["hub", "--leaf-ca"]);
+        refused(spoke(dir.path(), "c", url.clone(), &[]), &["hub", "--leaf-ca"]);
+        refused(spoke(dir.path(), "d", wrong, &["--leaf-ca", &ca]), &["hub", "user and password"]);
+        hub
+    });
+    let (at_hub, at_a) = (hub.connect().await, connect(&a).await);
+    both_ways(&at_hub, &at_a).await;
+    wait_for("it is told", || logged(&a, &["is connected to the hub at"]));
+    drop(hub);
+    wait_for("its end, too", || a.status()["warnings"].to_string().contains("it cannot be reached"));
+    let _hub = Hub::start(&program, dir.path(), addresses, USERS, &tls);
+    wait_for("and that it is back", || !a.status()["warnings"].to_string().contains("hub"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hub_over_tls_with_credentials_of_its_operator() {
+    let dir = tempfile::tempdir().unwrap();
+    let program = nats_launcher::Bundle::install(&dir.path().join("bin")).unwrap();
+    let addresses = [free_addresses(1)[0], free_addresses(1)[0]];
+    let (ca, cert, key) = authority(dir.path(), "good");
+    let tls = format!("tls {{ cert_file: {cert:?}, key_file: {key:?}, timeout: 5 }}");
+    let (operator, other) = (Operator::new(), Operator::new());
+    let (ours, at_the_hub) = (operator.user(dir.path(), "leaf"), operator.user(dir.path(), "app"));
+    let foreign = other.user(dir.path(), "foreign");
+    let url = format!("tls://{}", addresses[1]);
+    let with = |name: &str, credentials: &Path| {
+        let credentials = credentials.display().to_string();
+        spoke(dir.path(), name, url.clone(), &["--leaf-ca", &ca, "--leaf-credentials", &credentials])
+    };
+    let mut a = with("a", &ours);
+    a.exec("app.db", "CREATE TABLE t(id TEXT PRIMARY KEY)");
+    let hub = tokio::task::block_in_place(|| {
+        let hub = Hub::start(&program, dir.path(), addresses, &operator.conf(), &tls);
+        a.start(None);
+        refused(with("b", &foreign), &["hub", "--leaf-credentials"]);
+        hub
+    });
+    let options = async_nats::ConnectOptions::with_credentials_file(at_the_hub).await.unwrap();
+    let at_hub = options.connect(format!("nats://{}", hub.client)).await.unwrap();
+    both_ways(&at_hub, &connect(&a).await).await;
+}
+
+/// What either says the other hears.
+async fn both_ways(at_hub: &async_nats::Client, at_node: &async_nats::Client) {
+    let mut to_hub = at_hub.subscribe("news").await.unwrap();
+    at_hub.flush().await.unwrap();
+    heard(&mut to_hub, at_node, "from the node").await;
+    let mut to_node = at_node.subscribe("news").await.unwrap();
+    at_node.flush().await.unwrap();
+    heard(&mut to_node, at_hub, "from the hub").await;
 }

@@ -15,6 +15,7 @@ fn main() {
         memory_limit_mib: None,
         ready_when: vec![READY],
         hushed: Vec::new(),
+        overheard: Vec::new(),
         grace: Duration::from_secs(5),
         backoff: Backoff::default(),
     };

@@ -62,6 +62,8 @@ pub struct ServerSpec {
     /// Lines that begin with one of these are of no interest to an operator: they are told at debug level. `""` is
     /// every line.
     pub hushed: Vec<&'static str>,
+    /// Lines that contain one of these are handed over as [`ServerEvent::Said`]; in the log they are told at debug level.
+    pub overheard: Vec<&'static str>,
     /// Time between SIGTERM and SIGKILL.
     pub grace: Duration,
     /// Time between a death and the next start.
@@ -112,6 +114,11 @@ pub enum ServerEvent {
         /// Its id.
         pid: u32,
     },
+    /// It has written a line of [`ServerSpec::overheard`].
+    Said {
+        /// The line, without its time and level.
+        text: String,
+    },
     /// It has ended, and is reaped.
     Exited {
         /// How and why.
@@ -127,6 +134,7 @@ enum Message {
     Replace,
     Reload,
     Ready,
+    Said(String),
     Exited(LastWords),
 }
 
@@ -273,6 +281,7 @@ impl Run {
             name: self.spec.name.clone(),
             awaited: self.spec.ready_when.clone(),
             hushed: self.spec.hushed.clone(),
+            overheard: self.spec.overheard.clone(),
             mailbox: self.mailbox.clone(),
         };
         let thread = thread::Builder::new().name("nats-log".to_owned());
@@ -302,6 +311,7 @@ impl Run {
                     ready = true;
                     (self.on_event)(ServerEvent::Ready { pid: child.id() });
                 }
+                Ok(Message::Said(text)) => (self.on_event)(ServerEvent::Said { text }),
                 Ok(Message::Reload) => signal(pid, Signal::HUP),
                 Ok(Message::Replace) => {
                     replaced = true;
@@ -362,6 +372,7 @@ struct Listener {
     /// What it still has to say to be ready.
     awaited: Vec<&'static str>,
     hushed: Vec<&'static str>,
+    overheard: Vec<&'static str>,
     mailbox: Sender<Message>,
 }
 
@@ -383,7 +394,11 @@ impl Listener {
 
     fn take_in(&mut self, line: &LogLine<'_>, words: &mut LastWords) {
         let hushed = self.hushed.iter().any(|beginning| line.text.starts_with(beginning));
-        line.relay(&self.name, hushed);
+        let overheard = self.overheard.iter().any(|part| line.text.contains(part));
+        line.relay(&self.name, hushed || overheard);
+        if overheard {
+            self.tell(Message::Said(line.text.to_owned()));
+        }
         if matches!(line.level, Level::Error | Level::Fatal) {
             words.out_of_memory |= line.is_out_of_memory();
             words.port_taken = line.port_taken().or(words.port_taken.take());

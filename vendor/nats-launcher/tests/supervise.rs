@@ -24,6 +24,7 @@ fn start(dir: &Path, port: u16, backoff: Backoff) -> (Supervisor, Receiver<Serve
         memory_limit_mib: Some(64),
         ready_when: vec![READY],
         hushed: Vec::new(),
+        overheard: Vec::new(),
         grace: Duration::from_secs(5),
         backoff,
     };
@@ -37,7 +38,7 @@ fn until_ready(events: &Receiver<ServerEvent>) -> u32 {
         match events.recv_timeout(PATIENCE).expect("the server gets ready") {
             ServerEvent::Ready { pid } => return pid,
             ServerEvent::Exited { exit, .. } => panic!("not ready: {exit:?}"),
-            ServerEvent::Started { .. } => {}
+            ServerEvent::Started { .. } | ServerEvent::Said { .. } => {}
         }
     }
 }
@@ -104,7 +105,7 @@ fn a_taken_port_is_named() {
         match events.recv_timeout(PATIENCE).expect("told") {
             ServerEvent::Exited { exit, .. } => break exit,
             ServerEvent::Ready { .. } => panic!("it cannot get ready"),
-            ServerEvent::Started { .. } => {}
+            ServerEvent::Started { .. } | ServerEvent::Said { .. } => {}
         }
     };
     assert_eq!(exit.cause, ExitCause::PortTaken { address: address.to_string() });
@@ -128,6 +129,7 @@ fn what_cannot_be_started_is_told_and_can_be_stopped() {
         memory_limit_mib: None,
         ready_when: vec![READY],
         hushed: Vec::new(),
+        overheard: Vec::new(),
         grace: Duration::from_secs(1),
         backoff: Backoff { first: Duration::from_secs(3600), ..Backoff::default() },
     };
