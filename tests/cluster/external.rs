@@ -9,15 +9,15 @@ use serde_json::Value;
 use crate::support::authority::authority;
 use crate::support::{Node, free_addresses, wait_equal, wait_for};
 
-const USER: &str = "authorization { user: lm, password: \"s3cret@:\" }\n";
-const LOGIN: &str = "lm:s3cret%40%3A@";
-const SCHEMA: &str = "CREATE TABLE t(id TEXT PRIMARY KEY NOT NULL, v)";
+pub const USER: &str = "authorization { user: lm, password: \"s3cret@:\" }\n";
+pub const LOGIN: &str = "lm:s3cret%40%3A@";
+pub const SCHEMA: &str = "CREATE TABLE t(id TEXT PRIMARY KEY NOT NULL, v)";
 
 /// A nats-server that knows nothing of litemesh; it is stopped when dropped.
-struct Nats {
+pub struct Nats {
     program: PathBuf,
     conf: PathBuf,
-    address: SocketAddr,
+    pub address: SocketAddr,
     process: Option<Child>,
 }
 
@@ -28,7 +28,7 @@ impl Drop for Nats {
 }
 
 impl Nats {
-    fn start(dir: &Path, conf: &str) -> Self {
+    pub fn start(dir: &Path, conf: &str) -> Self {
         let program = nats_launcher::Bundle::install(&dir.join("bin")).unwrap();
         let address = free_addresses(1)[0];
         let file = dir.join("nats.conf");
@@ -38,18 +38,18 @@ impl Nats {
         nats
     }
 
-    fn with_jetstream(dir: &Path) -> Self {
+    pub fn with_jetstream(dir: &Path) -> Self {
         Self::start(dir, &format!("{USER}jetstream {{ store_dir: {:?} }}\n", dir.join("js")))
     }
 
-    fn run(&mut self) {
+    pub fn run(&mut self) {
         let mut command = Command::new(&self.program);
         command.arg("-c").arg(&self.conf).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         self.process = Some(command.spawn().unwrap());
         wait_for("it listens", || TcpStream::connect(self.address).is_ok());
     }
 
-    fn kill(&mut self) {
+    pub fn kill(&mut self) {
         if let Some(mut process) = self.process.take() {
             // It may have ended already.
             drop(process.kill());
@@ -57,7 +57,7 @@ impl Nats {
         }
     }
 
-    fn guest(&self, dir: &Path, name: &str, login: &str) -> Node {
+    pub fn guest(&self, dir: &Path, name: &str, login: &str) -> Node {
         let mut node = Node::new(dir, name, &["app.db"]);
         node.is_guest = true;
         node.variables.push(("LITEMESH_FABRIC_URL".to_owned(), format!("nats://{login}{}", self.address)));
@@ -86,20 +86,20 @@ fn text(output: &Output) -> String {
 }
 
 /// Starts it, expects it to end, and returns its exit code and what it said.
-fn refused(node: &Node) -> (Option<i32>, String) {
+pub fn refused(node: &Node) -> (Option<i32>, String) {
     let output = node.up_command(None).output().unwrap();
     (output.status.code(), text(&output))
 }
 
-fn logged(node: &Node, words: &str) -> bool {
+pub fn logged(node: &Node, words: &str) -> bool {
     node.log.lock().unwrap().iter().any(|line| line.contains(words))
 }
 
-fn rows(node: &Node) -> String {
+pub fn rows(node: &Node) -> String {
     node.text("app.db", "SELECT count(*) || '' FROM t")
 }
 
-fn connected(node: &Node) -> bool {
+pub fn connected(node: &Node) -> bool {
     node.status()["fabric"]["connected"] == true
 }
 

@@ -7,6 +7,7 @@ mod catchup;
 mod cdc;
 mod crash;
 mod external;
+mod external_login;
 mod full;
 mod join;
 mod life;
