@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::{info, warn};
@@ -19,6 +20,7 @@ use crate::config::Config;
 use crate::core::change::{Change, Cursor};
 use crate::core::names::DbName;
 use crate::fabric::{Event, Events, Fabric, FabricError};
+use crate::replica::ReplicaError;
 use crate::replica::changes::ChangesPage;
 use crate::replica::verify::Reader;
 use crate::replica::worker::WorkerHandle;
@@ -27,6 +29,11 @@ use crate::replica::worker::WorkerHandle;
 const RETRY: Duration = Duration::from_millis(500);
 /// How often it is written down how far they were told, while there is something to tell.
 const SAVE_EVERY: Duration = Duration::from_secs(1);
+/// How often it is seen whether somebody listens: not more often than this while nobody does, nor while somebody does.
+const LOOK_QUIET: Duration = Duration::from_millis(200);
+const LOOK_BUSY: Duration = Duration::from_secs(2);
+/// While nobody listens, a kill may repeat what nobody heard.
+const SAVE_QUIET_EVERY: Duration = Duration::from_secs(30);
 /// A stream that has taken a subject and answers no more for this long is taken to be gone.
 const STREAM_PATIENCE: Duration = Duration::from_secs(60);
 
@@ -47,6 +54,8 @@ struct Publisher {
     told: Option<Told>,
     saved: Instant,
     unsaved: bool,
+    /// When it was last seen that somebody listens.
+    wanted: Option<Instant>,
     reader: Option<(WorkerHandle, Reader)>,
     trouble: Option<String>,
 }
@@ -72,6 +81,7 @@ pub fn keep_publishing(
             told: None,
             saved: Instant::now(),
             unsaved: false,
+            wanted: None,
             reader: None,
             trouble: None,
         };
@@ -122,6 +132,10 @@ impl Publisher {
         };
         let mut changed = worker.changed();
         changed.borrow_and_update();
+        if self.skip(&worker).await? {
+            sleep(LOOK_QUIET).await;
+            return self.wait(&mut changed, SAVE_QUIET_EVERY).await;
+        }
         let page = self.read(worker).await?;
         if page.gap {
             warn!(
@@ -137,38 +151,77 @@ impl Publisher {
             self.save()?;
         }
         if page.is_last {
-            let patience = if self.unsaved { SAVE_EVERY } else { Duration::from_secs(60) };
-            // Whatever ends it, the next turn looks.
-            if matches!(timeout(patience, changed.changed()).await, Ok(Err(_))) {
-                sleep(RETRY).await;
-            }
+            return self.wait(&mut changed, SAVE_EVERY).await;
         }
         Ok(())
     }
 
+    /// Until there is more, or what is not written down yet is due.
+    async fn wait(&mut self, changed: &mut watch::Receiver<i64>, save_every: Duration) -> Result<()> {
+        if self.unsaved && self.saved.elapsed() >= save_every {
+            self.save()?;
+        }
+        let patience = if self.unsaved { save_every } else { Duration::from_secs(60) };
+        // Whatever ends it, the next turn looks.
+        if matches!(timeout(patience, changed.changed()).await, Ok(Err(_))) {
+            sleep(RETRY).await;
+        }
+        Ok(())
+    }
+
+    /// Passes over what there is if nobody wants it, unread. Who listens is looked at after the place up to which it is
+    /// passed over was: whoever listened when a change was made is told of it.
+    async fn skip(&mut self, worker: &WorkerHandle) -> Result<bool> {
+        if self.wanted.is_some_and(|at| at.elapsed() < LOOK_BUSY) {
+            return Ok(false);
+        }
+        let told = self.told()?;
+        let newest = self.with_reader(worker, |reader, worker| reader.newest(worker)).await?;
+        if self.events.are_wanted().await {
+            self.wanted = Some(Instant::now());
+            return Ok(false);
+        }
+        self.unsaved |= told.cursor != newest;
+        self.told = Some(Told { cursor: newest, ..told });
+        Ok(true)
+    }
+
+    fn told(&mut self) -> Result<Told> {
+        if let Some(told) = &self.told {
+            return Ok(told.clone());
+        }
+        let told = load(&self.path)?;
+        self.events.expect_taken(told.taken.clone());
+        Ok(self.told.insert(told).clone())
+    }
+
     async fn read(&mut self, worker: WorkerHandle) -> Result<ChangesPage> {
-        let reader = self.reader.take().filter(|(of, _)| of.is_same(&worker)).map(|(_, reader)| reader);
-        let told = match &self.told {
-            Some(told) => told.clone(),
-            None => {
-                let told = load(&self.path)?;
-                self.events.expect_taken(told.taken.clone());
-                self.told.insert(told).clone()
-            }
+        let (told, db) = (self.told()?, self.db.clone());
+        let read = move |reader: &mut Reader, worker: &WorkerHandle| {
+            reader.changes(worker, db.as_str(), &told.cursor, None)
         };
-        let db = self.db.clone();
+        self.with_reader(&worker, read).await
+    }
+
+    /// Does something with a reader of the file that the worker has, which is kept.
+    async fn with_reader<T: Send + 'static>(
+        &mut self,
+        worker: &WorkerHandle,
+        work: impl FnOnce(&mut Reader, &WorkerHandle) -> Result<T, ReplicaError> + Send + 'static,
+    ) -> Result<T> {
+        let reader = self.reader.take().filter(|(of, _)| of.is_same(worker)).map(|(_, reader)| reader);
         let of = worker.clone();
-        let work = move || -> Result<_> {
+        let all = move || -> Result<_> {
             let mut reader = match reader {
                 Some(reader) => reader,
-                None => open_reader(&worker).map_err(anyhow::Error::msg)?,
+                None => open_reader(&of).map_err(anyhow::Error::msg)?,
             };
-            let page = reader.changes(&worker, db.as_str(), &told.cursor, None)?;
-            Ok((reader, page))
+            let done = work(&mut reader, &of)?;
+            Ok((of, reader, done))
         };
-        let (reader, page) = tokio::task::spawn_blocking(work).await??;
+        let (of, reader, done) = tokio::task::spawn_blocking(all).await??;
         self.reader = Some((of, reader));
-        Ok(page)
+        Ok(done)
     }
 
     async fn publish(&mut self, changes: &[Change]) -> Result<()> {

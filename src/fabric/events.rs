@@ -2,6 +2,7 @@
 //! has read all of it, and every stream that is known to take such changes has said that it has them.
 
 use std::collections::{BTreeSet, HashMap};
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -14,6 +15,7 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::error::FabricError;
+use super::monitor;
 use super::subjects::Subjects;
 use crate::core::names::{DbName, NodeName};
 
@@ -89,6 +91,8 @@ pub struct Events {
     answers: Arc<Answers>,
     /// Tells this run's answers from an earlier one's.
     run: u32,
+    /// Where it can be seen who listens; none where listeners are out of sight.
+    monitor: Option<SocketAddr>,
 }
 
 impl Events {
@@ -97,8 +101,21 @@ impl Events {
         subjects: Subjects,
         client: async_nats::Client,
         answers: Arc<Answers>,
+        monitor: Option<SocketAddr>,
     ) -> Self {
-        Self { node, subjects, client, answers, run: rand::random() }
+        Self { node, subjects, client, answers, run: rand::random(), monitor }
+    }
+
+    /// Whether changes may be wanted by somebody: a program that subscribes now, or a stream that took some before and may
+    /// only be away. In doubt they are.
+    pub async fn are_wanted(&self) -> bool {
+        let Some(monitor) = self.monitor else { return true };
+        if !self.answers.book().taken.is_empty() {
+            return true;
+        }
+        let all = self.subjects.all_changes(self.node.as_str());
+        let beginning = all.trim_end_matches('>');
+        monitor::has_subscriber(monitor, "MESH", beginning).await.unwrap_or(true)
     }
 
     /// The largest body that can be published now.

@@ -129,6 +129,18 @@ pub async fn route_names(monitor: SocketAddr) -> io::Result<Vec<String>> {
     Ok(names)
 }
 
+/// More programs than this that subscribe on one host are taken for listeners without a look.
+const MOST_SUBSCRIPTIONS: u64 = 1024;
+
+/// Whether somebody here subscribes in `account` to subjects that begin so.
+pub async fn has_subscriber(monitor: SocketAddr, account: &str, beginning: &str) -> io::Result<bool> {
+    let path = format!("/subsz?subs=1&acc={account}&limit={MOST_SUBSCRIPTIONS}");
+    let answer = get(monitor, &path).await?;
+    let begins = |sub: &Value| sub["subject"].as_str().is_some_and(|subject| subject.starts_with(beginning));
+    let is_whole = answer["total"].as_u64().is_some_and(|total| total <= MOST_SUBSCRIPTIONS);
+    Ok(!is_whole || list(&answer["subscriptions_list"]).any(begins))
+}
+
 /// Whether an account is connected to another system, as far as can be seen.
 pub async fn has_leaf(monitor: SocketAddr, account: &str) -> bool {
     let answer = get(monitor, "/leafz").await.unwrap_or_default();

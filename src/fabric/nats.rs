@@ -262,7 +262,13 @@ impl Fabric {
 
     /// What tells the host's programs of changes of rows.
     pub fn events(&self) -> Events {
-        Events::new(self.node.clone(), self.subjects.clone(), self.client.clone(), self.answers.clone())
+        let monitor = match &self.system {
+            // Nobody sees who listens at a hub.
+            System::Bundled(bundled) if bundled.hub.is_none() => Some(bundled.identity.ports.monitor),
+            System::Bundled(_) | System::External(_) => None,
+        };
+        let (node, subjects) = (self.node.clone(), self.subjects.clone());
+        Events::new(node, subjects, self.client.clone(), self.answers.clone(), monitor)
     }
 
     /// Until our own server has read everything that was sent before.

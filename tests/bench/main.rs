@@ -4,6 +4,7 @@
 
 mod capture;
 mod catchup;
+mod cdc;
 mod join;
 mod lag;
 mod load;
@@ -30,7 +31,7 @@ const TEXT: &str = "one hundred and twenty bytes a row, with everything that sta
 type Measure = fn(&mut Report);
 
 /// What can be measured, by name: the rows of the table, then what is measured only when it is named.
-const MEASUREMENTS: [(&str, bool, Measure); 19] = [
+const MEASUREMENTS: [(&str, bool, Measure); 20] = [
     ("capture", true, capture::stopped),
     ("bulk", true, load::bulk),
     ("million", true, load::million),
@@ -42,6 +43,7 @@ const MEASUREMENTS: [(&str, bool, Measure); 19] = [
     ("idle", true, still::idle),
     ("start", true, still::start),
     ("verify", true, verify::verify),
+    ("cdc", false, |_| cdc::unheard()),
     ("join", false, |_| join::join()),
     ("catchup", false, |_| catchup::catchup()),
     ("scale", false, scale::scale),

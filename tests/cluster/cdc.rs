@@ -184,6 +184,52 @@ async fn kills_of_litemesh_and_of_its_server_skip_nothing() {
     assert_eq!(ids.len(), keys.len());
 }
 
+/// How many messages the node's nats-server was sent.
+fn messages_in(node: &Node) -> u64 {
+    use std::io::{Read, Write};
+    let conf = std::fs::read_to_string(node.state_dir().join("nats.conf")).unwrap();
+    let monitor = conf.lines().find_map(|line| line.strip_prefix("http: ")).unwrap().trim_matches('"');
+    let mut stream = std::net::TcpStream::connect(monitor).unwrap();
+    write!(stream, "GET /varz HTTP/1.0\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    let answer: Value = serde_json::from_str(answer.split_once("\r\n\r\n").unwrap().1).unwrap();
+    answer["in_msgs"].as_u64().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_nobody_listens_to_is_not_told_and_whoever_comes_is() {
+    const ROWS: u64 = 3_000;
+    let dir = tempfile::tempdir().unwrap();
+    let mut a = Node::new(dir.path(), "a", &["app.db"]);
+    a.extra.push("--cdc".to_owned());
+    a.exec("app.db", SCHEMA);
+    tokio::task::block_in_place(|| {
+        a.start(None);
+    });
+    let insert = |from: u64| {
+        let sql = "WITH RECURSIVE c(i) AS (SELECT ?1 UNION ALL SELECT i + 1 FROM c WHERE i + 1 < ?1 + ?2) INSERT INTO t SELECT \
+                   i, 'x', i FROM c";
+        a.app("app.db").execute(sql, [from, ROWS]).unwrap();
+    };
+    let before = messages_in(&a);
+    insert(10_000);
+    a.sync();
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let sent = messages_in(&a) - before;
+    assert!(sent < ROWS / 2, "{sent} messages for {ROWS} rows that nobody wants to know of");
+    let client = connect(&a).await;
+    let mut heard = client.subscribe("cdc.app.t.insert").await.unwrap();
+    client.flush().await.unwrap();
+    insert(20_000);
+    for n in 0..ROWS {
+        let (.., change) = next(&mut heard).await;
+        assert_eq!(change["key"]["id"], 20_000 + n, "every one, in order, and none of those before");
+    }
+    drop(heard);
+    client.flush().await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_that_is_gone_holds_up_nobody() {
     let dir = tempfile::tempdir().unwrap();
