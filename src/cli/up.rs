@@ -4,6 +4,7 @@
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
+use rustix::process::{Resource, Rlimit, setrlimit};
 use tracing_subscriber::EnvFilter;
 
 use super::check;
@@ -14,6 +15,7 @@ use crate::daemon::{self, Started};
 
 /// Runs the node until a signal ends it.
 pub fn run(args: &UpArgs) -> Result<ExitCode> {
+    forbid_core_dumps();
     let file = args.config.clone().or_else(|| std::env::var_os("LITEMESH_CONFIG").map(Into::into));
     let config = config::load(args.raw(), file.as_deref(), &Surroundings::of_process())?;
     let filter = EnvFilter::try_new(&config.log).context("the log filter")?;
@@ -22,6 +24,14 @@ pub fn run(args: &UpArgs) -> Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     runtime.context("cannot start")?.block_on(daemon::run(config, tell))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Keys, passwords and rows are in memory, and stay there: in nats-server's, too, which inherits this. Of a limit of nothing
+/// Linux would still hand the dump to a program, if it is set up so; of one byte it does neither.
+fn forbid_core_dumps() {
+    let limit = Rlimit { current: Some(1), maximum: Some(1) };
+    // Where there is a lower limit already, that holds.
+    drop(setrlimit(Resource::Core, limit));
 }
 
 /// What `check` warns of, for files that are there.

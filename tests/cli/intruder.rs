@@ -135,3 +135,25 @@ fn secrets_stay_in_files_of_the_owner() {
         }
     }
 }
+
+#[test]
+fn what_is_in_memory_is_not_dumped_to_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut a = Node::new(dir.path(), "a", &["app.db"]);
+    a.start(None);
+    let litemesh = a.process.as_ref().unwrap().id();
+    let server = a.server_pid() as u32;
+    for pid in [litemesh, server] {
+        let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
+        let line = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
+        let limits: Vec<u64> = line.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+        // One byte, not none: only that keeps Linux from handing a dump to a program, too.
+        assert_eq!(limits, [1, 1], "{line}");
+    }
+    let pid = rustix::process::Pid::from_raw(litemesh as i32).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::ABORT).unwrap();
+    let status = a.process.take().unwrap().wait().unwrap();
+    assert!(!std::os::unix::process::ExitStatusExt::core_dumped(&status), "{status}");
+    let left: Vec<_> = files(&a.home).into_iter().filter(|f| f.to_string_lossy().contains("core")).collect();
+    assert!(left.is_empty(), "{left:?}");
+}

@@ -161,6 +161,48 @@ async fn a_new_name_is_stuck_until_the_old_one_is_taken_out() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn of_two_that_were_both_rescued_one_loses_its_streams_when_they_meet() {
+    let [mut a, mut b] = Raw::cluster(["a", "b"]).await;
+    let both = a.routes.clone();
+    for server in [&mut a, &mut b] {
+        server.kill();
+        server.routes = vec![server.cluster];
+        server.start();
+        let _leaf = server.hold_leaf();
+        let sys = server.sys().await;
+        let rescued = async || {
+            let answer = api(&sys, "$JS.API.META.RESCUE", json!({ "quorum_needed": 1 })).await;
+            answer.is_some_and(|a| a["new_quorum"] == 1) || server.leader().await.is_some()
+        };
+        eventually("its quorum is lowered", rescued).await;
+        within(RESCUE, "it leads alone", async || server.leader().await.as_deref() == Some(server.name))
+            .await;
+        let client = server.user().await;
+        server.make_stream(&client, if server.name == "a" { "OF_A" } else { "OF_B" }, json!({})).await;
+    }
+    for server in [&mut a, &mut b] {
+        server.kill();
+        server.routes.clone_from(&both);
+        server.start();
+    }
+    eventually("one leads both", async || {
+        let leaders = [a.leader().await, b.leader().await];
+        leaders[0].is_some() && leaders[0] == leaders[1]
+    })
+    .await;
+    let client = a.user().await;
+    let kept = async || {
+        let names = api(&client, "$JS.API.STREAM.NAMES", json!({})).await.unwrap_or_default();
+        names["streams"].as_array().cloned().unwrap_or_default()
+    };
+    eventually("one of them is known to both", async || kept().await.len() == 1).await;
+    sleep(Duration::from_secs(5)).await;
+    let kept = kept().await;
+    println!("kept: {kept:?}");
+    assert_eq!(kept.len(), 1, "both are kept: rescue on both sides would do no harm");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_mirror_answers_for_its_origin_whatever_it_is_told() {
     let [mut a, b] = Raw::cluster(["a", "b"]).await;
     let client = b.user().await;
