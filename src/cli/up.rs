@@ -31,7 +31,7 @@ pub fn run(args: &UpArgs) -> Result<ExitCode> {
 fn forbid_core_dumps() {
     let limit = Rlimit { current: Some(1), maximum: Some(1) };
     // Where there is a lower limit already, that holds.
-    drop(setrlimit(Resource::Core, limit));
+    let _ = setrlimit(Resource::Core, limit);
 }
 
 /// What `check` warns of, for files that are there.

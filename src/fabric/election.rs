@@ -183,7 +183,7 @@ mod tests {
 
     #[test]
     fn what_has_a_leader_no_log_or_no_peers_is_left_alone() {
-        let mut groups = vec![group("a", &["B"], 2), group("b", &["B"], 2), group("c", &[], 1)];
+        let mut groups = [group("a", &["B"], 2), group("b", &["B"], 2), group("c", &[], 1)];
         groups[0].has_leader = true;
         groups[1].last_index = 0;
         assert!(groups.iter().all(|group| !may_elect(group, &there(&["B"]))));

@@ -132,7 +132,7 @@ fn look(monitor: SocketAddr, path: &str) -> Value {
 fn of_three_servers_any_may_be_killed() {
     let dir = tempfile::tempdir().unwrap();
     let mut cluster = Cluster::start(dir.path());
-    let mut node = |name: &str| {
+    let node = |name: &str| {
         let mut node = Node::new(dir.path(), name, &["app.db"]);
         node.is_guest = true;
         node.variables.push(("LITEMESH_FABRIC_URL".to_owned(), cluster.url()));
