@@ -45,20 +45,22 @@ struct Asker {
 }
 
 impl Asker {
-    /// Those of `groups` that could elect a leader and have none, at this look and the one before. A group that is just
-    /// about it has one at the next.
+    /// Those of `groups` that could elect a leader and have none, at this look and the one before: a group that is just about
+    /// it has one at the next. Who was alone at the one before had none.
     fn due<'a>(
         &mut self,
         groups: &'a [RaftGroup],
         connected: &BTreeSet<String>,
+        was_alone: bool,
         now: Instant,
     ) -> Vec<&'a RaftGroup> {
         let before = std::mem::take(&mut self.waiting);
         let mut due = Vec::new();
         for group in groups.iter().filter(|group| may_elect(group, connected)) {
             let mut waiting = Waiting::default();
-            if let Some(seen) = before.get(&group.name) {
-                waiting = *seen;
+            let known = was_alone.then(Waiting::default);
+            if let Some(seen) = before.get(&group.name).copied().or(known) {
+                waiting = seen;
                 let rested = seen.last.is_none_or(|last| now.duration_since(last) >= ASK_AGAIN);
                 if rested && seen.asked < MAX_ASKED {
                     waiting = Waiting { asked: seen.asked + 1, last: Some(now) };
@@ -83,7 +85,10 @@ pub(super) async fn watch(identity: Arc<Identity>) {
     let (mut asker, mut connected) = (Asker::default(), BTreeSet::new());
     let mut attentive_until = Instant::now() + ATTENTIVE;
     loop {
-        sleep(if Instant::now() < attentive_until { PERIOD_ATTENTIVE } else { PERIOD }).await;
+        let was_alone = connected.is_empty();
+        // Alone, what is waited for is that somebody comes.
+        let attentive = was_alone || Instant::now() < attentive_until;
+        sleep(if attentive { PERIOD_ATTENTIVE } else { PERIOD }).await;
         let Ok(names) = monitor::route_names(identity.ports.monitor).await else { continue };
         let now: BTreeSet<String> = names.iter().map(|name| peer_id(name)).collect();
         if now != connected {
@@ -95,7 +100,7 @@ pub(super) async fn watch(identity: Arc<Identity>) {
             continue;
         }
         let groups = raft_groups(&identity).await;
-        let due = asker.due(&groups, &connected, Instant::now());
+        let due = asker.due(&groups, &connected, was_alone, Instant::now());
         if !due.is_empty()
             && let Err(e) = ask(&identity, &due).await
         {
@@ -166,7 +171,7 @@ mod tests {
         ];
         let mut asked = |seconds: f64, ids: &[&str]| -> Vec<String> {
             let now = start + Duration::from_secs_f64(seconds);
-            asker.due(&groups, &there(ids), now).iter().map(|g| g.name.clone()).collect()
+            asker.due(&groups, &there(ids), false, now).iter().map(|g| g.name.clone()).collect()
         };
         assert!(asked(0.0, &[]).is_empty() && asked(0.2, &[]).is_empty(), "alone");
         assert!(asked(0.4, &["C"]).is_empty(), "it may just be about it");
@@ -179,6 +184,13 @@ mod tests {
         assert_eq!(later.count(), 3, "four times at most");
         assert!(asked(101.0, &[]).is_empty() && asked(102.0, &["B"]).is_empty());
         assert_eq!(asked(103.0, &["B"]), ["two", "three"], "a new case");
+    }
+
+    #[test]
+    fn who_was_alone_asks_at_once() {
+        let (mut asker, groups) = (Asker::default(), [group("two", &["B"], 2)]);
+        assert_eq!(asker.due(&groups, &there(&["B"]), true, Instant::now()).len(), 1);
+        assert!(asker.due(&groups, &there(&["B"]), false, Instant::now()).is_empty(), "it was asked");
     }
 
     #[test]

@@ -21,7 +21,10 @@ async fn jetstream(node: &Node) -> Context {
     let accounts: serde_json::Value = serde_json::from_slice(&accounts).unwrap();
     let password = accounts["app"].as_str().unwrap().to_owned();
     let options = async_nats::ConnectOptions::with_user_and_password("app".to_owned(), password);
-    jetstream::new(options.connect(format!("nats://{}", node.addresses[1])).await.unwrap())
+    let mut context = jetstream::new(options.connect(format!("nats://{}", node.addresses[1])).await.unwrap());
+    // What is asked while nobody leads is never answered: ask again soon.
+    context.set_timeout(Duration::from_millis(500));
+    context
 }
 
 async fn make_stream(node: &Node, name: &str) {
