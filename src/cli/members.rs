@@ -9,9 +9,11 @@ use anyhow::{Result, bail};
 
 use super::args::{LeaveArgs, RemoveArgs, RescueArgs};
 use super::node::client;
+use crate::config::{self, Surroundings};
 use crate::core::names::NodeName;
 use crate::daemon::control_members::{RemoveAsk, RescueAsk};
 use crate::daemon::leaving::LeaveAsk;
+use crate::daemon::state_dir::is_in_use;
 use crate::status::model::Status;
 
 /// The cluster may take this long to agree.
@@ -25,8 +27,10 @@ pub fn leave(args: &LeaveArgs) -> Result<ExitCode> {
     let client = client(&args.state, args.timeout * 3 + PATIENCE)?;
     let ask = LeaveAsk { timeout_ms: args.timeout.as_millis() as u64, drop_streams: args.drop_streams };
     print!("{}", client.post("/control/leave", &ask)?);
+    let dir = config::state_dir(args.state.state_dir.as_deref(), &Surroundings::of_process())?;
     let asked = Instant::now();
-    while client.get("/healthz").is_ok() && asked.elapsed() < END_PATIENCE {
+    // Whoever asked may clear the directory away next, or start there again.
+    while is_in_use(&dir) && asked.elapsed() < END_PATIENCE {
         std::thread::sleep(Duration::from_millis(50));
     }
     Ok(ExitCode::SUCCESS)

@@ -20,6 +20,8 @@ use crate::replica::store::Store;
 
 /// The format of the state directory.
 const FORMAT: &str = "litemesh state 1\n";
+/// Locked by the litemesh that uses the directory.
+const LOCK: &str = "litemesh.lock";
 
 /// A state directory in use by this process.
 pub struct NodeState {
@@ -43,7 +45,7 @@ impl NodeState {
             format!("cannot make the state directory {}: choose another with --state-dir", dir.display())
         })?;
         set_private(dir)?;
-        let lock_path = dir.join("litemesh.lock");
+        let lock_path = dir.join(LOCK);
         let lock = OpenOptions::new().create(true).truncate(false).write(true).open(&lock_path);
         let lock = lock.with_context(|| format!("cannot write in the state directory {}", dir.display()))?;
         match lock.try_lock() {
@@ -255,6 +257,12 @@ fn check_whole(path: &Path, conn: &Connection) -> Result<()> {
 fn is_damage(e: &rusqlite::Error) -> bool {
     use rusqlite::ErrorCode::{DatabaseCorrupt, NotADatabase};
     matches!(e.sqlite_error_code(), Some(DatabaseCorrupt | NotADatabase))
+}
+
+/// Whether a litemesh runs with this state directory, be it only to end.
+pub fn is_in_use(dir: &Path) -> bool {
+    let lock = File::open(dir.join(LOCK));
+    lock.is_ok_and(|lock| matches!(lock.try_lock_shared(), Err(TryLockError::WouldBlock)))
 }
 
 /// A site id that no other file has.

@@ -61,6 +61,20 @@ fn a_row_that_was_written_again_keeps_its_transactions_together() {
 }
 
 #[test]
+fn keys_in_no_order_are_told_in_theirs_all_together() {
+    let mut a = Site::new("text-parts", "a", 1, 7, "CREATE TABLE t(id TEXT PRIMARY KEY NOT NULL, v)");
+    a.engine.store_mut().set_part_rows(2);
+    for key in ["q", "b", "z", "a"] {
+        a.run(&format!("INSERT INTO t VALUES('{key}', 1), ('{key}{key}', 2)"));
+        a.engine.store().note_end().unwrap();
+    }
+    a.settle(START_MS);
+    assert_eq!(a.commits.len(), 1);
+    let told = "SELECT group_concat(k0, ' ') FROM (SELECT k0 FROM __litemesh_state_1 ORDER BY lsn)";
+    assert_eq!(a.text(told), "a aa b bb q qq z zz");
+}
+
+#[test]
 fn where_a_log_ended_says_nothing_about_the_next_one() {
     let (mut a, mut b) = duo("next-log");
     a.engine.store_mut().set_part_rows(2);
