@@ -16,11 +16,13 @@ use super::error::FabricError;
 use super::identity::Identity;
 use super::monitor::{self, RaftGroup};
 
-/// How often it is seen who is connected.
-const PERIOD: Duration = Duration::from_millis(500);
+/// How often it is seen who is connected: whoever came anew in between is seen by the number of the connection.
+const PERIOD: Duration = Duration::from_secs(2);
+/// Alone, what is waited for is that somebody comes.
+const PERIOD_ALONE: Duration = Duration::from_millis(500);
 /// While there may be an election to ask for.
 const PERIOD_ATTENTIVE: Duration = Duration::from_millis(200);
-/// So long after the connected servers changed.
+/// So long after the connections changed.
 const ATTENTIVE: Duration = Duration::from_secs(20);
 /// A server that hears of an election stands within 0.8 s; the answers travel, too.
 const ASK_AGAIN: Duration = Duration::from_millis(2_000);
@@ -82,23 +84,26 @@ fn may_elect(group: &RaftGroup, connected: &BTreeSet<String>) -> bool {
 
 /// Until it is aborted.
 pub(super) async fn watch(identity: Arc<Identity>) {
-    let (mut asker, mut connected) = (Asker::default(), BTreeSet::new());
+    let (mut asker, mut routes) = (Asker::default(), BTreeMap::new());
     let mut attentive_until = Instant::now() + ATTENTIVE;
     loop {
-        let was_alone = connected.is_empty();
-        // Alone, what is waited for is that somebody comes.
-        let attentive = was_alone || Instant::now() < attentive_until;
-        sleep(if attentive { PERIOD_ATTENTIVE } else { PERIOD }).await;
-        let Ok(names) = monitor::route_names(identity.ports.monitor).await else { continue };
-        let now: BTreeSet<String> = names.iter().map(|name| peer_id(name)).collect();
-        if now != connected {
-            connected = now;
+        let (was_alone, attentive) = (routes.is_empty(), Instant::now() < attentive_until);
+        sleep(match (attentive, was_alone) {
+            (true, _) => PERIOD_ATTENTIVE,
+            (false, true) => PERIOD_ALONE,
+            (false, false) => PERIOD,
+        })
+        .await;
+        let Ok(now) = monitor::routes(identity.ports.monitor).await else { continue };
+        if now != routes {
+            routes = now;
             attentive_until = Instant::now() + ATTENTIVE;
         }
-        if connected.is_empty() || Instant::now() >= attentive_until {
+        if routes.is_empty() || Instant::now() >= attentive_until {
             asker = Asker::default();
             continue;
         }
+        let connected: BTreeSet<String> = routes.values().map(|name| peer_id(name)).collect();
         let groups = raft_groups(&identity).await;
         let due = asker.due(&groups, &connected, was_alone, Instant::now());
         if !due.is_empty()

@@ -1,6 +1,7 @@
 //! Asks our own server about its state, over its monitoring port. Invariant: it only ever talks to loopback, and an
 //! answer that does not come is an error in bounded time.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -121,12 +122,18 @@ pub async fn hosted(monitor: SocketAddr) -> io::Result<Vec<Hosted>> {
 
 /// The names of the servers that are connected by route, each once.
 pub async fn route_names(monitor: SocketAddr) -> io::Result<Vec<String>> {
-    let answer = get(monitor, "/routez").await?;
-    let mut names: Vec<String> =
-        list(&answer["routes"]).filter_map(|route| Some(route["remote_name"].as_str()?.to_owned())).collect();
+    let mut names: Vec<String> = routes(monitor).await?.into_values().collect();
     names.sort();
     names.dedup();
     Ok(names)
+}
+
+/// The connections by route, by number, and the names of the servers at their other ends. A connection that was made anew has
+/// another number.
+pub async fn routes(monitor: SocketAddr) -> io::Result<BTreeMap<u64, String>> {
+    let answer = get(monitor, "/routez").await?;
+    let route = |route: &Value| Some((route["rid"].as_u64()?, route["remote_name"].as_str()?.to_owned()));
+    Ok(list(&answer["routes"]).filter_map(route).collect())
 }
 
 /// More programs than this that subscribe on one host are taken for listeners without a look.
