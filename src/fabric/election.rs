@@ -24,6 +24,8 @@ const PERIOD_ALONE: Duration = Duration::from_millis(500);
 const PERIOD_ATTENTIVE: Duration = Duration::from_millis(200);
 /// So long after the connections changed.
 const ATTENTIVE: Duration = Duration::from_secs(20);
+/// Or until every group was led at so many looks.
+const LED_LOOKS: u32 = 10;
 /// A server that hears of an election stands within 0.8 s; the answers travel, too.
 const ASK_AGAIN: Duration = Duration::from_millis(2_000);
 /// Where that did not help, the servers do it in their own time: in a slow network more of it would be in their way.
@@ -85,7 +87,7 @@ fn may_elect(group: &RaftGroup, connected: &BTreeSet<String>) -> bool {
 /// Until it is aborted.
 pub(super) async fn watch(identity: Arc<Identity>) {
     let (mut asker, mut routes) = (Asker::default(), BTreeMap::new());
-    let mut attentive_until = Instant::now() + ATTENTIVE;
+    let (mut attentive_until, mut led) = (Instant::now() + ATTENTIVE, 0);
     loop {
         let (was_alone, attentive) = (routes.is_empty(), Instant::now() < attentive_until);
         sleep(match (attentive, was_alone) {
@@ -97,7 +99,7 @@ pub(super) async fn watch(identity: Arc<Identity>) {
         let Ok(now) = monitor::routes(identity.ports.monitor).await else { continue };
         if now != routes {
             routes = now;
-            attentive_until = Instant::now() + ATTENTIVE;
+            (attentive_until, led) = (Instant::now() + ATTENTIVE, 0);
         }
         if routes.is_empty() || Instant::now() >= attentive_until {
             asker = Asker::default();
@@ -105,6 +107,10 @@ pub(super) async fn watch(identity: Arc<Identity>) {
         }
         let connected: BTreeSet<String> = routes.values().map(|name| peer_id(name)).collect();
         let groups = raft_groups(&identity).await;
+        led = if groups.iter().all(|group| group.has_leader) { led + 1 } else { 0 };
+        if led >= LED_LOOKS {
+            attentive_until = Instant::now();
+        }
         let due = asker.due(&groups, &connected, was_alone, Instant::now());
         if !due.is_empty()
             && let Err(e) = ask(&identity, &due).await
