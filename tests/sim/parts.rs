@@ -70,7 +70,7 @@ fn keys_in_no_order_are_told_in_theirs_all_together() {
     }
     a.settle(START_MS);
     assert_eq!(a.commits.len(), 1);
-    let told = "SELECT group_concat(k0, ' ') FROM (SELECT k0 FROM __litemesh_state_1 ORDER BY lsn)";
+    let told = "SELECT group_concat(k0, ' ') FROM (SELECT k0 FROM __litemesh_state_4 ORDER BY lsn)";
     assert_eq!(a.text(told), "a aa b bb q qq z zz");
 }
 
