@@ -58,7 +58,7 @@ fn a_server_that_dies_for_memory_costs_no_row() {
         let running = a.status()["fabric"]["server_pid"].as_i64().filter(|pid| starved != Some(*pid));
         if let Some(pid) = running.and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?))
             && a.status()["fabric"]["connected"] == true
-            && prlimit(Some(pid), Resource::As, limit.clone()).is_ok()
+            && prlimit(Some(pid), Resource::As, limit).is_ok()
         {
             starved = running;
         }
