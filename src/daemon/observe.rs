@@ -29,8 +29,8 @@ use crate::status::model::{
     Status, Verified,
 };
 
-/// How often the whole is put together.
-const EVERY: Duration = Duration::from_millis(250);
+/// How often the whole is put together when nobody looks: sooner than a loop must beat.
+const EVERY: Duration = Duration::from_secs(5);
 /// How long the first reports of the databases are waited for.
 const FIRST_REPORTS: Duration = Duration::from_secs(1);
 /// How often a database reports at most, and how often it counts what takes long to count.
@@ -153,13 +153,13 @@ impl Observer {
         self.0.handle.retire(&format!("db-{name}"));
     }
 
-    /// Puts the whole together regularly.
+    /// Puts the whole together when somebody looks, and now and then.
     pub async fn run(self) {
         loop {
             self.0.handle.beat("observer");
             let status = self.gather().await;
             self.0.handle.publish(status);
-            tokio::time::sleep(EVERY).await;
+            self.0.handle.wanted(EVERY).await;
         }
     }
 

@@ -13,6 +13,8 @@ use tokio::time::{sleep, timeout};
 
 const PATIENCE: Duration = Duration::from_secs(2);
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
+/// Most answers are smaller.
+const USUAL_ANSWER: usize = 8 * 1024;
 /// A status of hundreds of nodes is far smaller.
 const MAX_ANSWER: u64 = 8 * 1024 * 1024;
 
@@ -173,7 +175,7 @@ async fn fetch(monitor: SocketAddr, path: &str) -> io::Result<(u16, Vec<u8>)> {
         let mut stream = TcpStream::connect(monitor).await?;
         // Version 1.0: the answer comes in one piece and ends with the connection.
         stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes()).await?;
-        let mut answer = Vec::new();
+        let mut answer = Vec::with_capacity(USUAL_ANSWER);
         stream.take(MAX_ANSWER).read_to_end(&mut answer).await?;
         io::Result::Ok(answer)
     };

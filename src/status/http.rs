@@ -116,7 +116,7 @@ async fn healthz(State(handle): State<StatusHandle>) -> (StatusCode, String) {
 }
 
 async fn readyz(State(handle): State<StatusHandle>) -> (StatusCode, String) {
-    let status = handle.current();
+    let status = handle.current().await;
     if status.ready {
         return (StatusCode::OK, "ready\n".to_owned());
     }
@@ -128,12 +128,12 @@ async fn readyz(State(handle): State<StatusHandle>) -> (StatusCode, String) {
 }
 
 async fn metrics_text(State(handle): State<StatusHandle>) -> impl IntoResponse {
-    let text = metrics::render(&handle.current(), handle.hanging(Instant::now()).len());
+    let text = metrics::render(&*handle.current().await, handle.hanging(Instant::now()).len());
     ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text)
 }
 
 async fn api_status(State(handle): State<StatusHandle>) -> Response {
-    Json(handle.current().as_ref()).into_response()
+    Json(handle.current().await.as_ref()).into_response()
 }
 
 #[cfg(test)]
