@@ -9,7 +9,7 @@ use std::time::Duration;
 use sha2::{Digest, Sha256};
 
 use crate::error::LaunchError;
-use crate::manifest;
+use crate::{manifest, resident};
 
 struct Embedded {
     version: &'static str,
@@ -65,6 +65,7 @@ impl Bundle {
         }
         sweep_partials(dir);
         let binary = zstd::decode_all(embedded.compressed).map_err(fail)?;
+        resident::give_back(embedded.compressed);
         if hex(Sha256::digest(&binary).as_slice()) != embedded.sha256 {
             return Err(LaunchError::Damaged { wanted: embedded.sha256 });
         }

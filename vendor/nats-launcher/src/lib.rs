@@ -5,6 +5,7 @@ mod error;
 mod guard;
 mod log_line;
 pub mod manifest;
+mod resident;
 mod spawn;
 mod supervisor;
 
