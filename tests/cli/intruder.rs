@@ -58,14 +58,48 @@ fn a_stranger_at_the_cluster_port_gets_nothing() {
     b.sync();
     wait_equal(&[&a, &b], "app.db");
     drop(silent);
-    // Programs of this host may use the client port; what is the mesh's is not theirs.
-    let answer = plain(
-        a.addresses[1],
-        "CONNECT {}\r\nSUB lm.> 1\r\nPUB lm.c.b.app.1 2\r\nhi\r\nPING\r\nSUB $SYS.> 2\r\n",
-    );
-    let answer = String::from_utf8_lossy(&answer).into_owned();
-    assert!(!answer.contains("MSG lm.") && !answer.contains("MSG $SYS"), "{answer}");
+    let answer = String::from_utf8_lossy(&plain(a.addresses[1], "CONNECT {}\r\nPING\r\n")).into_owned();
+    assert!(answer.contains("-ERR 'Authorization Violation'") && !answer.contains("PONG"), "{answer}");
+}
+
+#[test]
+fn what_is_the_meshs_is_not_for_programs_that_may_use_the_server() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = crate::support::pair(dir.path(), "CREATE TABLE t(id TEXT PRIMARY KEY NOT NULL, v)");
+    let env: serde_json::Value = serde_json::from_slice(&a.run(&["env", "--json"]).stdout).unwrap();
+    let connect =
+        format!("CONNECT {{\"verbose\":false,\"user\":{},\"pass\":{}}}\r\n", env["user"], env["password"]);
+    let say = |words: &str| {
+        let answer = plain(a.addresses[1], &format!("{connect}{words}PING\r\n"));
+        let answer = String::from_utf8_lossy(&answer).into_owned();
+        assert!(answer.contains("PONG"), "it was let in and read: {answer}");
+        answer
+    };
+    assert!(say("SUB own.> 1\r\nPUB own.1 2\r\nhi\r\n").contains("MSG own.1 1 2"));
+    // For ten seconds in which the nodes talk to each other, and programs write.
+    a.exec("app.db", "INSERT INTO t VALUES('a', 1)");
+    let answer = say("SUB lm.> 1\r\nSUB $SYS.> 2\r\nSUB $NRG.> 3\r\nPUB lm.c.b.app.1 2\r\nhi\r\n");
+    for subject in ["$SYS", "$NRG", "lm.b", "lm.k"] {
+        assert!(!answer.contains(&format!("MSG {subject}")), "{answer}");
+    }
     assert_eq!(b.status()["databases"][0]["messages_refused"], 0, "it did not come through");
+    let (asked, before) = (0x0101_0101, meta_term(&a));
+    let mut request = "\u{1}\u{1}\u{1}\u{1}".to_owned();
+    request.extend(std::iter::repeat_n('\0', 20));
+    request.push_str("nobody!!");
+    say(&format!("PUB $NRG.V._meta_ reply {}\r\n{request}\r\n", request.len()));
+    assert!(before < asked && meta_term(&a) < asked, "nobody's request for votes was heard");
+}
+
+/// The term of the group that decides where streams are, from the server's own monitoring port.
+fn meta_term(node: &Node) -> u64 {
+    let conf = std::fs::read_to_string(node.state_dir().join("nats.conf")).unwrap();
+    let line = conf.lines().find(|line| line.starts_with("http:")).unwrap();
+    let address = line.split('"').nth(1).unwrap().parse().unwrap();
+    let answer = String::from_utf8(plain(address, "GET /raftz?acc=SYS HTTP/1.0\r\n\r\n")).unwrap();
+    let json = answer.split_once("\r\n\r\n").unwrap().1;
+    let groups: serde_json::Value = serde_json::from_str(json).unwrap();
+    groups["SYS"]["_meta_"]["term"].as_u64().unwrap()
 }
 
 fn files(dir: &Path) -> Vec<PathBuf> {
