@@ -125,6 +125,7 @@ pub struct Engine {
     pub(super) hole_since_ms: Option<u64>,
     pub(super) catch_up: Option<CatchUp>,
     announced: (Vector, u64),
+    /// Counts on from a random number: an answer has what was left out because its asker had it.
     pub(super) next_request: u64,
     pub(super) counters: Counters,
     pub(super) actions: Vec<Action>,
@@ -150,7 +151,8 @@ impl Engine {
             hole_since_ms: None,
             catch_up: None,
             announced: (Vector::default(), 0),
-            next_request: 1,
+            // What answers a process of before, or another of this node's name, is none of ours.
+            next_request: rand::random::<u64>() >> 1,
             counters: Counters::default(),
             actions: Vec::new(),
             clocks: Judgement::alone(MAX_SKEW_MS),

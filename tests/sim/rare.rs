@@ -62,6 +62,36 @@ fn ask(asker: &mut Site, holder: &mut Site, now_ms: u64) -> Message {
     take(holder, is_page)
 }
 
+#[test]
+fn a_page_for_another_process_of_that_name_is_not_taken() {
+    let (mut a, mut b) = duo("twins");
+    let (mut c, mut twin) = (Site::new("twins", "c", 3, 7, SCHEMA), Site::new("twins", "twin", 4, 7, SCHEMA));
+    twin.name = c.name.clone();
+    let site = a.site();
+    let commits = [a.write("INSERT INTO t VALUES(1, 'x')"), a.write("INSERT INTO t VALUES(2, 'y')")];
+    commits.iter().for_each(|commit| b.take(site, commit));
+    c.take(site, &commits[0]);
+    b.settle(START_MS);
+    c.settle(START_MS);
+    // Both ask b, which cannot tell them apart: nor can the subject that the answers come by.
+    let page_for_c = ask(&mut c, &mut b, START_MS);
+    let page_for_twin = ask(&mut twin, &mut b, START_MS);
+    twin.hear(&b.name, page_for_c.clone(), START_MS + 1_000);
+    twin.settle(START_MS + 1_000);
+    assert_eq!(
+        twin.engine.store().head().vector.n(site),
+        0,
+        "the first row was not in it, so nor is it held"
+    );
+    for page in [&page_for_twin, &page_for_c] {
+        twin.hear(&b.name, page.clone(), START_MS + 1_000);
+        c.hear(&b.name, page.clone(), START_MS + 1_000);
+    }
+    twin.settle(START_MS + 1_000);
+    c.settle(START_MS + 1_000);
+    assert_eq!((twin.rows().as_str(), c.rows().as_str()), ("1=x 2=y", "1=x 2=y"));
+}
+
 pub fn copy_into(from: &Connection, to: &mut Connection) {
     Backup::new(from, to).unwrap().step(-1).unwrap();
 }
