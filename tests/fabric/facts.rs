@@ -164,8 +164,10 @@ async fn a_new_name_is_stuck_until_the_old_one_is_taken_out() {
 async fn of_two_that_were_both_rescued_one_loses_its_streams_when_they_meet() {
     let [mut a, mut b] = Raw::cluster(["a", "b"]).await;
     let both = a.routes.clone();
+    // Neither is to find the other, which knows the way, while it is rescued.
+    a.kill();
+    b.kill();
     for server in [&mut a, &mut b] {
-        server.kill();
         server.routes = vec![server.cluster];
         server.start();
         let _leaf = server.hold_leaf();
