@@ -9,6 +9,7 @@ pub mod control_key;
 pub mod control_members;
 pub mod control_verify;
 pub mod databases;
+mod direct_file;
 pub mod divergence;
 pub mod joining;
 pub mod leaving;

@@ -1,7 +1,6 @@
 //! A copy on its way: its file, and what of it is there. Invariant: a part counts as there when its bytes are those that
 //! the peer read, and are written; writing never holds up receiving.
 
-use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::Arc;
@@ -11,6 +10,7 @@ use indicatif::ProgressBar;
 use tokio::task::{JoinHandle, JoinSet};
 use tracing::warn;
 
+use super::direct_file::DirectFile;
 use super::serve_copy::PART_BYTES;
 use crate::core::message::CopyPart;
 
@@ -37,7 +37,7 @@ enum Part {
 
 /// See the module.
 pub struct Arriving {
-    file: Arc<File>,
+    file: Arc<DirectFile>,
     path: String,
     /// How much of another try's file there was.
     before: u64,
@@ -58,10 +58,8 @@ impl Arriving {
     /// Opens the file, and keeps what another try has left in it.
     pub fn open(dest: &Path) -> Result<Self> {
         let path = dest.display().to_string();
-        let mut options = File::options();
-        let file = options.create(true).truncate(false).read(true).write(true).open(dest);
-        let file = file.with_context(|| format!("cannot write {path}"))?;
-        let before = file.metadata()?.len();
+        let file = DirectFile::open(dest).with_context(|| format!("cannot write {path}"))?;
+        let before = file.usual().metadata()?.len();
         Ok(Self {
             file: Arc::new(file),
             path,
@@ -81,12 +79,12 @@ impl Arriving {
 
     /// The room that it has already.
     pub fn allocated(&self) -> Result<u64> {
-        Ok(self.file.metadata()?.blocks() * 512)
+        Ok(self.file.usual().metadata()?.blocks() * 512)
     }
 
     /// Says which copy it is to be, and of what size.
     pub fn begin(&mut self, copy: u64, size: u64, progress: ProgressBar) -> Result<()> {
-        self.file.set_len(size).with_context(|| format!("cannot write {}", self.path))?;
+        self.file.usual().set_len(size).with_context(|| format!("cannot write {}", self.path))?;
         (self.copy, self.size, self.progress) = (copy, size, progress);
         self.parts = vec![Part::Missing; size.div_ceil(PART_BYTES as u64) as usize];
         Ok(())
@@ -137,7 +135,10 @@ impl Arriving {
         // Before the copy's size is known a part is as long as the file lets it be.
         let size = if self.copy == 0 { self.before } else { self.size };
         let mut data = vec![0; self.part_len(offset, size)];
-        self.file.read_exact_at(&mut data, offset).with_context(|| format!("cannot read {}", self.path))?;
+        self.file
+            .usual()
+            .read_exact_at(&mut data, offset)
+            .with_context(|| format!("cannot read {}", self.path))?;
         Ok(Some(*blake3::hash(&data).as_bytes()))
     }
 
@@ -193,7 +194,7 @@ impl Arriving {
             self.unsynced = 0;
             let file = self.file.clone();
             // If it fails, so does the one at the end.
-            self.syncing = Some(tokio::task::spawn_blocking(move || file.sync_data()));
+            self.syncing = Some(tokio::task::spawn_blocking(move || file.usual().sync_data()));
         }
         Ok(Written::Whole)
     }
@@ -209,7 +210,7 @@ impl Arriving {
         if let Some(syncing) = self.syncing {
             syncing.await??;
         }
-        let synced = tokio::task::spawn_blocking(move || self.file.sync_all()).await?;
+        let synced = tokio::task::spawn_blocking(move || self.file.usual().sync_all()).await?;
         synced.with_context(|| format!("cannot bring {} to the disk", self.path))
     }
 }

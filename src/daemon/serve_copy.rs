@@ -27,6 +27,10 @@ const KEEP: Duration = Duration::from_secs(600);
 /// Copies at hand at once; who asks for one more waits until another is not needed any more.
 const AT_ONCE: usize = 8;
 
+/// How far parts are apart, on one processor, while programs write the file: else they wait for a processor as long as
+/// the copy lasts. Both nodes and their servers take about 8 ms of processor time for a part.
+const PACE_ONE_PROCESSOR: Duration = Duration::from_micros(11_400);
+
 /// How much such work gives way.
 const BACKGROUND_NICE: i32 = 10;
 
@@ -65,6 +69,27 @@ struct Made {
     _place: OwnedSemaphorePermit,
 }
 
+/// When things are done that are to have some distance.
+struct Pace {
+    apart: Duration,
+    next: Mutex<Instant>,
+}
+
+impl Pace {
+    fn new(one_processor: Duration) -> Self {
+        let processors = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
+        Self { apart: one_processor / processors, next: Mutex::new(Instant::now()) }
+    }
+
+    /// When the next one's turn is.
+    fn turn(&self, now: Instant) -> Instant {
+        let mut next = held(self.next.lock());
+        let turn = now.max(*next);
+        *next = turn + self.apart;
+        turn
+    }
+}
+
 /// The copies at hand.
 pub struct Copies {
     spool: PathBuf,
@@ -72,13 +97,15 @@ pub struct Copies {
     /// Requests for which a copy is being made: they are asked again.
     making: Mutex<HashSet<u64>>,
     places: Arc<Semaphore>,
+    pace: Pace,
 }
 
 impl Copies {
     /// No copies yet; they will be in `spool`.
     pub fn new(spool: PathBuf) -> Arc<Self> {
         let places = Arc::new(Semaphore::new(AT_ONCE));
-        Arc::new(Self { spool, made: Mutex::default(), making: Mutex::default(), places })
+        let pace = Pace::new(PACE_ONE_PROCESSOR);
+        Arc::new(Self { spool, made: Mutex::default(), making: Mutex::default(), places, pace })
     }
 
     /// Throws away what nobody asks for, and what databases that are not here any more have left; copies what was held
@@ -148,7 +175,12 @@ impl Copies {
                     Err(why) => Err(why),
                 }
             }
-            copy => self.part(copy, &ask).await,
+            copy => {
+                if router.worker(&ask.db).is_some_and(|worker| worker.gives_way()) {
+                    tokio::time::sleep_until(self.pace.turn(Instant::now()).into()).await;
+                }
+                self.part(copy, &ask).await
+            }
         };
         let answer = match part {
             Ok(None) => return,
@@ -251,4 +283,21 @@ fn in_background<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -
         drop(done.send(work()));
     });
     result
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_has_a_pace_is_apart_and_saves_nothing_up() {
+        let apart = Duration::from_millis(5);
+        let start = Instant::now();
+        let pace = Pace { apart, next: Mutex::new(start) };
+        let turns: Vec<_> = (0..4).map(|_| pace.turn(start) - start).collect();
+        assert_eq!(turns, [Duration::ZERO, apart, apart * 2, apart * 3]);
+        let later = start + Duration::from_secs(60);
+        assert_eq!((pace.turn(later), pace.turn(later)), (later, later + apart));
+        assert!(Pace::new(apart).apart <= apart);
+    }
 }

@@ -44,7 +44,7 @@ impl Courtesy {
         self.written = Some(Instant::now());
     }
 
-    fn is_due(&self) -> bool {
+    pub(super) fn is_due(&self) -> bool {
         self.given && self.written.is_some_and(|at| at.elapsed() < WRITES_AGAIN)
     }
 

@@ -168,6 +168,11 @@ impl Engine {
         self.courtesy.give();
     }
 
+    /// Whether there are programs to give way to: one has written lately.
+    pub fn gives_way(&self) -> bool {
+        self.courtesy.is_due()
+    }
+
     /// Says how long conflicts are kept.
     pub fn keep_conflicts(&mut self, retention: Retention) {
         self.retention = retention;

@@ -1,6 +1,7 @@
 //! Messages and commits into what the fabric carries. Invariant: what is sent was committed before.
 
 use std::collections::HashMap;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use serde::de::DeserializeOwned;
@@ -11,12 +12,15 @@ use crate::core::frame::WireError;
 use crate::core::message::{FRAGMENT_BYTES, Fragment, Message, decode, encode, encode_large};
 use crate::core::names::NodeName;
 
-/// What may be held of unfinished messages: a page of rows near SQLite's limit.
+/// What may be held of one unfinished message: a page of rows near SQLite's limit.
 const MAX_MESSAGE_BYTES: usize = 1_200_000_000;
-/// How many senders may be in the middle of one; the one that waits longest goes for one more.
-const MAX_PARTIAL: usize = 64;
-/// Until this much is held, nobody's goes.
-const PARTIAL_BYTES: usize = 64 * 1024 * 1024;
+/// How many messages may be on their way at once; the one that waits longest goes for one more. A node sends several at
+/// a time: parts of copies, and pages of rows of each of its databases.
+const MAX_PARTIAL: usize = 256;
+/// What may be held of all of them: the longest one, and others beside it.
+const PARTIAL_BYTES: usize = MAX_MESSAGE_BYTES + 64 * 1024 * 1024;
+/// A message of which nothing more has come for so long has lost a piece.
+const LOST: Duration = Duration::from_secs(120);
 
 /// Cuts a commit into pieces and hands each to `send`.
 pub fn commit_pieces(own: &mut OwnCommit, mut send: impl FnMut(Bytes)) -> Result<()> {
@@ -59,18 +63,17 @@ pub fn message_pieces(message: &Message, mut send: impl FnMut(Bytes)) {
 
 /// A message that is not whole yet.
 struct Partial {
-    attempt: u64,
     next: u32,
     data: Vec<u8>,
-    /// When its last piece came, counted in pieces.
-    touched: u64,
+    /// When its last piece came.
+    touched: Instant,
 }
 
-/// Puts pieces of messages together again, one message a sender and attempt.
+/// Puts pieces of messages together again, those of one message each for itself: they come mixed with those of others
+/// by the same sender.
 #[derive(Default)]
 pub struct MessageAssembler {
-    partial: HashMap<NodeName, Partial>,
-    pushed: u64,
+    partial: HashMap<(NodeName, u64), Partial>,
 }
 
 impl MessageAssembler {
@@ -84,36 +87,36 @@ impl MessageAssembler {
         if piece.index == 0 && piece.last {
             return decode(&piece.data).map(Some);
         }
-        self.pushed += 1;
+        let (key, touched) = ((from.clone(), piece.attempt), Instant::now());
         if piece.index == 0 {
-            let (attempt, touched) = (piece.attempt, self.pushed);
-            self.partial.insert(from.clone(), Partial { attempt, next: 0, data: Vec::new(), touched });
+            self.partial.insert(key.clone(), Partial { next: 0, data: Vec::new(), touched });
         }
-        let Some(partial) = self.partial.get_mut(from) else { return Ok(None) };
+        let Some(partial) = self.partial.get_mut(&key) else { return Ok(None) };
         let fits = partial.data.len() + piece.data.len() <= MAX_MESSAGE_BYTES;
-        if partial.attempt != piece.attempt || partial.next != piece.index || !fits {
-            self.partial.remove(from);
+        if partial.next != piece.index || !fits {
+            self.partial.remove(&key);
             return if fits { Ok(None) } else { Err(WireError::TooLarge) };
         }
         partial.data.extend_from_slice(&piece.data);
         partial.next += 1;
-        partial.touched = self.pushed;
+        partial.touched = touched;
         if piece.last {
-            let whole = self.partial.remove(from).map(|p| p.data).unwrap_or_default();
+            let whole = self.partial.remove(&key).map(|p| p.data).unwrap_or_default();
             return decode(&whole).map(Some);
         }
-        self.keep_within_bounds();
+        self.keep_within_bounds(touched);
         Ok(None)
     }
 
     /// What is asked for and does not come is asked for again.
-    fn keep_within_bounds(&mut self) {
+    fn keep_within_bounds(&mut self, now: Instant) {
+        self.partial.retain(|_, p| now.duration_since(p.touched) < LOST);
         let held = |all: &HashMap<_, Partial>| all.values().map(|p| p.data.len()).sum::<usize>();
         while self.partial.len() > 1
             && (self.partial.len() > MAX_PARTIAL || held(&self.partial) > PARTIAL_BYTES)
         {
-            let oldest = self.partial.iter().min_by_key(|(_, p)| p.touched).map(|(name, _)| name.clone());
-            oldest.and_then(|name| self.partial.remove(&name));
+            let oldest = self.partial.iter().min_by_key(|(_, p)| p.touched).map(|(key, _)| key.clone());
+            oldest.and_then(|key| self.partial.remove(&key));
         }
     }
 }
@@ -137,14 +140,46 @@ mod tests {
         assert!(held <= PARTIAL_BYTES);
     }
 
-    #[test]
-    fn a_long_message_comes_back_whole() {
-        let data = Bytes::from(vec![3; FRAGMENT_BYTES * 2 + 17]);
+    fn long_message(fill: u8) -> (Message, Vec<Bytes>) {
+        let data = Bytes::from(vec![fill; FRAGMENT_BYTES * 2 + 17]);
         let part = CopyPart { request: 1, copy: 2, size: 3, offset: 4, data, same: false, hash: [0; 32] };
         let message = Message::CopyPart(part);
         let mut pieces = Vec::new();
         message_pieces(&message, |p| pieces.push(p));
         assert_eq!(pieces.len(), 3);
+        (message, pieces)
+    }
+
+    #[test]
+    fn long_messages_of_one_sender_come_back_whole_though_they_are_mixed() {
+        let ((first, a), (second, b)) = (long_message(1), long_message(2));
+        let mut assembler = MessageAssembler::default();
+        let from: NodeName = "a".parse().unwrap();
+        let mut whole = Vec::new();
+        // A piece that comes twice spoils its own message only.
+        let (spoilt, c) = long_message(3);
+        for piece in [&a[0], &c[0], &b[0], &c[1], &c[1], &a[1], &b[1], &c[2], &b[2], &a[2]] {
+            whole.extend(assembler.push::<Message>(&from, piece).unwrap());
+        }
+        assert!(whole == [second, first], "{} came", whole.len());
+        assert!(!whole.contains(&spoilt) && assembler.partial.is_empty());
+    }
+
+    #[test]
+    fn what_lost_a_piece_goes_after_a_while() {
+        let (_, pieces) = long_message(1);
+        let mut assembler = MessageAssembler::default();
+        let from: NodeName = "a".parse().unwrap();
+        assert!(assembler.push::<Message>(&from, &pieces[0]).unwrap().is_none());
+        assembler.keep_within_bounds(Instant::now() + LOST / 2);
+        assert_eq!(assembler.partial.len(), 1);
+        assembler.keep_within_bounds(Instant::now() + LOST);
+        assert!(assembler.partial.is_empty());
+    }
+
+    #[test]
+    fn a_long_message_comes_back_whole() {
+        let (message, pieces) = long_message(3);
         let mut assembler = MessageAssembler::default();
         let from: NodeName = "a".parse().unwrap();
         let got: Vec<_> = pieces.iter().map(|p| assembler.push::<Message>(&from, p).unwrap()).collect();

@@ -56,6 +56,7 @@ pub struct WorkerHandle {
     woken: Arc<AtomicBool>,
     queued_bytes: Arc<AtomicUsize>,
     replaced: Arc<Mutex<Option<String>>>,
+    gives_way: Arc<AtomicBool>,
     changed: tokio::sync::watch::Receiver<i64>,
 }
 
@@ -63,6 +64,11 @@ impl WorkerHandle {
     /// Tells whenever rows of the file have changed: its counter of changes.
     pub fn changed(&self) -> tokio::sync::watch::Receiver<i64> {
         self.changed.clone()
+    }
+
+    /// Whether programs write the file, so that other work is to give way to them.
+    pub fn gives_way(&self) -> bool {
+        self.gives_way.load(Ordering::Relaxed)
     }
 
     /// Whether both are handles of one thread: the file may have been opened anew.
@@ -133,6 +139,7 @@ pub struct Worker {
     woken: Arc<AtomicBool>,
     queued_bytes: Arc<AtomicUsize>,
     replaced: Arc<Mutex<Option<String>>>,
+    gives_way: Arc<AtomicBool>,
     outgoing: tokio::sync::mpsc::Sender<Outgoing>,
     report: Report,
     clocks: SharedClocks,
@@ -155,12 +162,14 @@ impl Worker {
         let (woken, queued_bytes) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
         let replaced = Arc::new(Mutex::new(None));
         let ours = replaced.clone();
+        let gives_way = Arc::new(AtomicBool::new(false));
         let (tell, changed) = tokio::sync::watch::channel(engine.store().head().lsn);
         let handle = WorkerHandle {
             inputs: sender,
             woken: woken.clone(),
             queued_bytes: queued_bytes.clone(),
             replaced,
+            gives_way: gives_way.clone(),
             changed,
         };
         let worker = Self {
@@ -170,6 +179,7 @@ impl Worker {
             woken,
             queued_bytes,
             replaced: ours,
+            gives_way,
             outgoing,
             report,
             clocks,
@@ -305,6 +315,7 @@ impl Worker {
         let position = Position { site: head.site, n: head.vector.n(head.site), lsn: head.lsn };
         let lsn = head.lsn;
         self.changed.send_if_modified(|known| std::mem::replace(known, lsn) != lsn);
+        self.gives_way.store(self.engine.gives_way(), Ordering::Relaxed);
         if let Some(mark) = &mut self.mark {
             mark.note(position)?;
         }

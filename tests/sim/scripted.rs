@@ -53,6 +53,19 @@ fn a_hole_is_found_without_a_next_message_and_filled_by_any_peer() {
 }
 
 #[test]
+fn way_is_given_where_programs_write_and_not_where_only_peers_do() {
+    let (mut a, mut b) = duo("courtesy");
+    a.engine.give_way();
+    b.engine.give_way();
+    let site = a.site();
+    let commit = a.write("INSERT INTO t VALUES(1, 'x')");
+    b.take(site, &commit);
+    b.settle(START_MS);
+    assert_eq!(b.rows(), "1=x");
+    assert!(a.engine.gives_way() && !b.engine.gives_way());
+}
+
+#[test]
 fn an_effect_is_not_shown_before_its_cause() {
     let (mut a, mut b) = duo("causal");
     let mut c = Site::new("causal", "c", 3, 7, SCHEMA);
