@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::open;
+use super::report::{Asked, Report, median};
 use super::support::{Node, wait_for};
 use super::writer::Writer;
 
@@ -14,6 +15,7 @@ const SCHEMA: &str =
 const ROWS: i64 = 786_000;
 /// 200 transactions a second.
 const PACE: Duration = Duration::from_millis(5);
+const ROUNDS: i64 = 5;
 const QUIET: Duration = Duration::from_secs(10);
 const INSERT: &str = "INSERT INTO w VALUES(?1, ?1)";
 
@@ -50,14 +52,15 @@ fn log_line(node: &Node, with: &str) -> String {
     line.split_once(with).map(|(_, rest)| format!("{with}{rest}")).unwrap_or_default()
 }
 
-pub fn join() {
+pub fn join(report: &mut Report) {
     let dir = tempfile::tempdir().unwrap();
     let mut a = Node::new(dir.path(), "a", &["app.db"]);
     let file = a.file("app.db");
     fill(&file);
     let size_mib = std::fs::metadata(&file).unwrap().len() as f64 / MIB;
     a.start(None);
-    for round in 0..3 {
+    let (mut rates, mut waits, mut alone) = (Vec::new(), Vec::new(), Vec::new());
+    for round in 0..ROUNDS {
         let cp = copied_mib_per_s(&file, &dir.path().join("cp"));
         let mut b = Node::new(dir.path(), &format!("b{round}"), &["app.db"]);
         let writer = Writer::start(&file, INSERT, round * 1_000_000, Some(PACE));
@@ -76,10 +79,21 @@ pub fn join() {
         );
         println!("join: the peer's writer at 200 tx/s, without: {}", phases[0].told());
         println!("join: the peer's writer at 200 tx/s, meanwhile: {}", phases[1].told());
+        rates.push(rate);
+        waits.push(phases[1].at(99.0) / phases[0].at(99.0));
+        alone.push(phases[0].at(99.0));
         check_equal(&a, &b);
         b.stop();
         std::fs::remove_dir_all(&b.home).unwrap();
     }
+    report.note(
+        "1 GiB of a peer that is written to, command to ready",
+        "MiB/s",
+        rates,
+        Asked::AtLeast(150.0),
+    );
+    let whole = ("without, ms", median(&alone));
+    report.note_ratio("its writer's p99 meanwhile", waits, whole, Asked::AtMost(2.0));
     cut(&a, dir.path(), size_mib);
 }
 

@@ -44,7 +44,7 @@ const MEASUREMENTS: [(&str, bool, Measure); 20] = [
     ("start", true, still::start),
     ("verify", true, verify::verify),
     ("cdc", false, |_| cdc::unheard()),
-    ("join", false, |_| join::join()),
+    ("join", false, join::join),
     ("catchup", false, |_| catchup::catchup()),
     ("scale", false, scale::scale),
     ("sweep-rows", false, |r| load::sweep_rows(r, std::env::args().any(|a| a == "--ten-million"))),
