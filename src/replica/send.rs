@@ -16,9 +16,9 @@ use crate::core::names::NodeName;
 const MAX_MESSAGE_BYTES: usize = 1_200_000_000;
 /// How many messages may be on their way at once; the one that waits longest goes for one more. A node sends several at
 /// a time: parts of copies, and pages of rows of each of its databases.
-const MAX_PARTIAL: usize = 256;
-/// What may be held of all of them: the longest one, and others beside it.
-const PARTIAL_BYTES: usize = MAX_MESSAGE_BYTES + 64 * 1024 * 1024;
+const MAX_PARTIAL: usize = 128;
+/// What may be held of all of them, besides the longest: so that one beyond this comes whole, too.
+const PARTIAL_BYTES: usize = 32 * 1024 * 1024;
 /// A message of which nothing more has come for so long has lost a piece.
 const LOST: Duration = Duration::from_secs(120);
 
@@ -111,11 +111,14 @@ impl MessageAssembler {
     /// What is asked for and does not come is asked for again.
     fn keep_within_bounds(&mut self, now: Instant) {
         self.partial.retain(|_, p| now.duration_since(p.touched) < LOST);
-        let held = |all: &HashMap<_, Partial>| all.values().map(|p| p.data.len()).sum::<usize>();
-        while self.partial.len() > 1
-            && (self.partial.len() > MAX_PARTIAL || held(&self.partial) > PARTIAL_BYTES)
-        {
-            let oldest = self.partial.iter().min_by_key(|(_, p)| p.touched).map(|(key, _)| key.clone());
+        loop {
+            let longest = self.partial.iter().max_by_key(|(_, p)| p.data.len()).map(|(key, _)| key.clone());
+            let others = || self.partial.iter().filter(|(key, _)| Some(*key) != longest.as_ref());
+            let held: usize = others().map(|(_, p)| p.data.len()).sum();
+            if self.partial.len() <= MAX_PARTIAL && held <= PARTIAL_BYTES {
+                return;
+            }
+            let oldest = others().min_by_key(|(_, p)| p.touched).map(|(key, _)| key.clone());
             oldest.and_then(|key| self.partial.remove(&key));
         }
     }
@@ -163,6 +166,23 @@ mod tests {
         }
         assert!(whole == [second, first], "{} came", whole.len());
         assert!(!whole.contains(&spoilt) && assembler.partial.is_empty());
+    }
+
+    #[test]
+    fn the_longest_comes_whole_beside_any_number_of_others() {
+        let data = Bytes::from(vec![5; FRAGMENT_BYTES]);
+        let piece = |attempt, index| encode(&Fragment { attempt, index, last: false, data: data.clone() });
+        let mut assembler = MessageAssembler::default();
+        let from: NodeName = "a".parse().unwrap();
+        let pieces = 3 * PARTIAL_BYTES / FRAGMENT_BYTES;
+        for index in 0..pieces {
+            assert!(assembler.push::<Message>(&from, &piece(0, index as u32)).unwrap().is_none());
+            assert!(assembler.push::<Message>(&from, &piece(1 + index as u64, 0)).unwrap().is_none());
+        }
+        let lengths: Vec<usize> = assembler.partial.values().map(|p| p.data.len()).collect();
+        assert!(lengths.contains(&(pieces * FRAGMENT_BYTES)), "{lengths:?}");
+        let held: usize = lengths.iter().sum();
+        assert!(held <= pieces * FRAGMENT_BYTES + PARTIAL_BYTES && lengths.len() <= MAX_PARTIAL);
     }
 
     #[test]
