@@ -141,6 +141,8 @@ mod tests {
             }
             let kept = MAX_PARTIAL.min(PARTIAL_BYTES / len + 1);
             assert_eq!(assembler.partial.len(), kept, "of {len} bytes");
+            let held: usize = assembler.partial.values().map(|p| p.data.len()).sum();
+            assert!(held <= PARTIAL_BYTES + len, "{held} bytes");
             let last: NodeName = "ghost999".parse().unwrap();
             assert!(assembler.partial.contains_key(&(last, 1)), "who waits longest goes");
         }
